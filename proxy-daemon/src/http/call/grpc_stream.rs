@@ -152,7 +152,10 @@ impl Stream {
 
     /// Wakes a task when the service takes something.
     pub(crate) fn wake_when_taken(&self, waker: &Waker) {
-        self.outbox.0.borrow_mut().writer = Some(waker.clone());
+        let writers = &mut self.outbox.0.borrow_mut().writers;
+        if !writers.iter().any(|known| known.will_wake(waker)) {
+            writers.push(waker.clone());
+        }
     }
 
     /// Ends our side; the service may go on for so long.
@@ -208,8 +211,8 @@ struct Queue {
     expires: Option<(Duration, Option<Then>)>,
     /// Who sends it.
     reader: Option<Waker>,
-    /// Who waits for room.
-    writer: Option<Waker>,
+    /// Who waits for room: one for each direction at most.
+    writers: Vec<Waker>,
     /// Who waits for the end.
     expirer: Option<Waker>,
 }
@@ -246,7 +249,7 @@ impl http_body::Body for Outgoing {
         let mut state = self.0.0.borrow_mut();
         if let Some(frame) = state.queue.pop_front() {
             state.bytes -= frame.len();
-            wake(&mut state.writer);
+            state.writers.drain(..).for_each(Waker::wake);
             return Poll::Ready(Some(Ok(Frame::data(frame))));
         }
         if state.ended {

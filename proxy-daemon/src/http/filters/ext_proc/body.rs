@@ -165,7 +165,8 @@ impl Processed {
             let over = self.session.is_over();
             let body = if over || self.end_shown { BodyMode::None } else { self.shown.body };
             match body {
-                BodyMode::None => {
+                // Those that come back by themselves have another body around them (`Duplex`).
+                BodyMode::None | BodyMode::Duplex => {
                     if let Some(piece) = self.held.pop_front() {
                         return Poll::Ready(Some(Ok(Frame::data(piece))));
                     }

@@ -147,7 +147,7 @@ pub(in crate::http::filters) fn parse(
     };
     let allowed = config.allowed_override_modes.iter().enumerate();
     let allowed = allowed.map(|(index, mode)| {
-        Mode::parse(mode, &field(&format!("allowed_override_modes[{index}]")))?;
+        Mode::parse_override(mode, &field(&format!("allowed_override_modes[{index}]")))?;
         Ok(*mode)
     });
     let written_mode = config.processing_mode.unwrap_or_default();

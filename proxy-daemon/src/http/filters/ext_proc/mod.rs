@@ -12,6 +12,7 @@
 mod attributes;
 mod body;
 mod config;
+mod duplex;
 mod messages;
 mod mode;
 mod process;
@@ -33,6 +34,7 @@ pub(super) use told::parse_per_route;
 use self::{
     body::{Processed, Watched},
     config::Settings,
+    duplex::Duplex,
     mode::{BodyMode, Side},
     process::Passage,
     rules::{Limits, Target},
@@ -123,6 +125,8 @@ impl ExtProcFilter {
         let source = std::mem::take(body);
         *body = Body::Wrapped(if self.settings.observability {
             Box::new(Watched::new(session, side, source, separate_end))
+        } else if shown.body == BodyMode::Duplex {
+            Box::new(Duplex::new(session, side, source, separate_end))
         } else {
             Box::new(Processed::new(session, side, source, VecDeque::new(), None, separate_end))
         });

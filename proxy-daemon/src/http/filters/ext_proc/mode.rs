@@ -24,6 +24,8 @@ pub(super) enum BodyMode {
     Buffered,
     /// As much of it at once as may be in memory.
     BufferedPartial,
+    /// Piece by piece, and the processor's own pieces come back whenever it likes: nobody waits for one of them.
+    Duplex,
 }
 
 /// What is shown of one message.
@@ -40,16 +42,16 @@ pub(super) struct Mode(pub(super) [Shown; 2]);
 
 impl Mode {
     /// # Errors
-    /// A value that is not honoured, below `path`.
+    /// A value that is not honoured, or one that does not go with another, below `path`.
     pub(super) fn parse(mode: &ProcessingMode, path: &str) -> Result<Mode, FieldError> {
         let body = |value: i32, field: &str| {
             body_mode(value).ok_or_else(|| {
                 let name = BodySendMode::try_from(value).map_or("a mode that is not known", |mode| mode.as_str_name());
-                let known = "NONE, STREAMED, BUFFERED and BUFFERED_PARTIAL";
+                let known = "NONE, STREAMED, BUFFERED, BUFFERED_PARTIAL and FULL_DUPLEX_STREAMED";
                 FieldError::unsupported_value(format!("{path}.{field}"), name, known)
             })
         };
-        Ok(Mode([
+        let mode = Mode([
             Shown {
                 headers: header_mode(mode.request_header_mode, true),
                 body: body(mode.request_body_mode, "request_body_mode")?,
@@ -60,7 +62,37 @@ impl Mode {
                 body: body(mode.response_body_mode, "response_body_mode")?,
                 trailers: header_mode(mode.response_trailer_mode, false),
             },
-        ]))
+        ]);
+        for (side, name) in [(Side::Request, "request"), (Side::Response, "response")] {
+            let shown = mode.of(side);
+            if shown.body == BodyMode::Duplex && !shown.trailers {
+                // Envoy's words.
+                let text = format!(
+                    "If the ext_proc filter has the {name}_body_mode set to FULL_DUPLEX_STREAMED, then the \
+                     {name}_trailer_mode has to be set to SEND"
+                );
+                return Err(FieldError::new(format!("{path}.{name}_trailer_mode"), text));
+            }
+        }
+        Ok(mode)
+    }
+
+    /// A mode that a processor may ask for.
+    ///
+    /// # Errors
+    /// As [`parse`](Mode::parse), and what a stream cannot go over to.
+    pub(super) fn parse_override(mode: &ProcessingMode, path: &str) -> Result<Mode, FieldError> {
+        let parsed = Mode::parse(mode, path)?;
+        if parsed.is_duplex() {
+            let known = "NONE, STREAMED, BUFFERED and BUFFERED_PARTIAL";
+            return Err(FieldError::unsupported_value(format!("{path}.body_mode"), "FULL_DUPLEX_STREAMED", known));
+        }
+        Ok(parsed)
+    }
+
+    /// Whether the processor sends pieces of its own.
+    pub(super) fn is_duplex(&self) -> bool {
+        self.0.iter().any(|shown| shown.body == BodyMode::Duplex)
     }
 
     pub(super) fn of(&self, side: Side) -> Shown {
@@ -100,7 +132,7 @@ impl Shown {
     pub(super) fn hides_length(self) -> bool {
         match self.body {
             BodyMode::None => false,
-            BodyMode::Streamed | BodyMode::BufferedPartial => true,
+            BodyMode::Streamed | BodyMode::BufferedPartial | BodyMode::Duplex => true,
             BodyMode::Buffered => !self.headers,
         }
     }
@@ -114,6 +146,7 @@ impl BodyMode {
             BodyMode::Streamed => BodySendMode::Streamed,
             BodyMode::Buffered => BodySendMode::Buffered,
             BodyMode::BufferedPartial => BodySendMode::BufferedPartial,
+            BodyMode::Duplex => BodySendMode::FullDuplexStreamed,
         };
         mode as i32
     }
@@ -133,7 +166,8 @@ fn body_mode(value: i32) -> Option<BodyMode> {
         Ok(BodySendMode::Streamed) => Some(BodyMode::Streamed),
         Ok(BodySendMode::Buffered) => Some(BodyMode::Buffered),
         Ok(BodySendMode::BufferedPartial) => Some(BodyMode::BufferedPartial),
-        Ok(BodySendMode::FullDuplexStreamed | BodySendMode::Grpc) | Err(_) => None,
+        Ok(BodySendMode::FullDuplexStreamed) => Some(BodyMode::Duplex),
+        Ok(BodySendMode::Grpc) | Err(_) => None,
     }
 }
 
@@ -153,10 +187,23 @@ mod tests {
         let Mode([request, response]) = Mode::parse(&overridden(&configured, &by), "m").unwrap();
         assert_eq!(request, Shown { headers: true, body: BodyMode::None, trailers: true });
         assert_eq!(response, Shown { headers: false, body: BodyMode::Streamed, trailers: false });
-        let duplex =
-            ProcessingMode { request_body_mode: BodySendMode::FullDuplexStreamed as i32, ..ProcessingMode::default() };
-        let error = Mode::parse(&duplex, "m").unwrap_err().to_string();
+        let grpc = ProcessingMode { request_body_mode: BodySendMode::Grpc as i32, ..ProcessingMode::default() };
+        let error = Mode::parse(&grpc, "m").unwrap_err().to_string();
         assert!(error.starts_with("m.request_body_mode"), "{error}");
+    }
+
+    #[test]
+    fn what_comes_back_at_any_time_needs_trailers() {
+        let body = BodySendMode::FullDuplexStreamed as i32;
+        let alone = ProcessingMode { response_body_mode: body, ..ProcessingMode::default() };
+        let error = Mode::parse(&alone, "m").unwrap_err().to_string();
+        assert!(
+            error.starts_with("m.response_trailer_mode: If the ext_proc filter has the response_body_mode"),
+            "{error}"
+        );
+        let both = ProcessingMode { response_trailer_mode: HeaderSendMode::Send as i32, ..alone };
+        assert!(Mode::parse(&both, "m").unwrap().is_duplex());
+        assert!(Mode::parse_override(&both, "m").is_err(), "no stream goes over to it");
     }
 
     #[test]

@@ -18,10 +18,11 @@ use tokio::time::Sleep;
 
 use super::{
     body::Processed,
+    duplex::Duplex,
     messages,
     mode::{BodyMode, Side},
     rules::Target,
-    session::{Await, Outcome, Reply, Session},
+    session::{Await, Outcome, Reply, Session, Streamed},
 };
 use crate::{
     access_log::ResponseFlags,
@@ -97,6 +98,9 @@ impl Passage<'_> {
     /// The answer in the message's place.
     pub(super) async fn pass(&self, mut target: Target<'_>, body: &mut Body) -> Result<Passed, LocalReply> {
         let (session, side) = (self.session, self.side);
+        if session.mode.get().of(side).body == BodyMode::Duplex {
+            return self.pass_duplex(target, body).await;
+        }
         let no_body = body.is_end_stream();
         let mut read = Collected { ended: no_body, ..Collected::default() };
         let mut passed = Passed { clear_route_cache: false };
@@ -160,6 +164,60 @@ impl Passage<'_> {
         let source = if read.ended { Body::Empty } else { std::mem::take(body) };
         let processed = Processed::new(session, side, source, held, trailers, self.separate_end);
         *body = Body::Wrapped(Box::new(processed));
+        Ok(passed)
+    }
+
+    /// The same where the body is shown meanwhile, and comes back whenever the processor likes.
+    async fn pass_duplex(&self, mut target: Target<'_>, body: &mut Body) -> Result<Passed, LocalReply> {
+        let (session, side) = (self.session, self.side);
+        let no_body = body.is_end_stream();
+        let mut passed = Passed { clear_route_cache: false };
+        let mut duplex = Duplex::new(session, side, std::mem::take(body), self.separate_end);
+        let outcome = poll_fn(|cx| {
+            if !no_body {
+                duplex.poll_show(cx);
+            }
+            match duplex.broken().filter(|_| side == Side::Response) {
+                Some(error) => Poll::Ready(Outcome::Answer(broken_response(error))),
+                None => session.poll_reply(side, &mut None, cx),
+            }
+        })
+        .await;
+        let common = match outcome {
+            Outcome::Answer(reply) => return Err(reply),
+            Outcome::Reply(Reply::Common(common)) => common,
+            Outcome::Reply(Reply::Trailers(_)) | Outcome::Over => {
+                *body = if duplex.is_shown() { Body::Wrapped(Box::new(duplex)) } else { duplex.into_source() };
+                return Ok(passed);
+            }
+        };
+        self.apply(&common, &mut target, &mut passed)?;
+        if common.status == ResponseStatus::ContinueAndReplace as i32 {
+            if common.body_mutation.is_some() {
+                target.headers().remove(CONTENT_LENGTH);
+                *body = whole(&mut target, mutated(common.body_mutation, Bytes::new()), None);
+            } else if duplex.is_shown() {
+                return Err(session.refuse("CONTINUE_AND_REPLACE without a body for one that is gone"));
+            } else {
+                *body = duplex.into_source();
+            }
+            return Ok(passed);
+        }
+        if no_body {
+            *body = duplex.into_source();
+            return Ok(passed);
+        }
+        if duplex.is_all_shown() {
+            // As in Envoy, a message that is shown as a whole waits for what comes back first.
+            match poll_fn(|cx| session.poll_streamed(side, cx)).await {
+                Streamed::Answer(reply) => return Err(reply),
+                first => duplex.begin_with(first),
+            }
+        }
+        if side == Side::Request {
+            session.progress.held.set(true);
+        }
+        *body = Body::Wrapped(Box::new(duplex));
         Ok(passed)
     }
 

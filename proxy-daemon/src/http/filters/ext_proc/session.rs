@@ -1,19 +1,23 @@
 //! One stream to a processor, for one request and its response. `LIFECYCLE.md` has its states.
 
+mod receive;
+
 use std::{
     cell::{Cell, RefCell},
+    collections::VecDeque,
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
+use bytes::Bytes;
 use envoy_types::pb::{
     envoy::service::ext_proc::v3::{
-        CommonResponse, HeaderMutation, ImmediateResponse, ProcessingRequest, ProcessingResponse,
-        ProtocolConfiguration, processing_request::Request, processing_response::Response,
+        CommonResponse, HeaderMutation, ImmediateResponse, ProcessingRequest, ProtocolConfiguration,
+        processing_request::Request,
     },
-    google::protobuf::{Struct, value::Kind},
+    google::protobuf::Struct,
 };
 use http::{HeaderMap, StatusCode};
 use tokio::time::{Instant, Sleep};
@@ -21,14 +25,13 @@ use tokio::time::{Instant, Sleep};
 use super::{
     config::Settings,
     messages,
-    mode::{self, BodyMode, Mode, Side},
+    mode::{BodyMode, Mode, Side},
     rules::{Limits, Target},
     told::Merged,
 };
 use crate::http::filters::shared::Kept;
 use crate::{
     access_log::ResponseFlags,
-    config::parse,
     http::{
         call::grpc_stream::{Ended, Prepared, Stream},
         changes::list,
@@ -63,6 +66,19 @@ pub(super) enum Outcome {
     Answer(LocalReply),
 }
 
+/// What comes back of a body whose processor answers when it likes ([`BodyMode::Duplex`]).
+pub(super) enum Streamed {
+    Piece(Bytes),
+    /// There is no more of it.
+    End,
+    /// There is no more of the body, and its trailers are to be changed so.
+    Trailers(Option<HeaderMutation>),
+    /// The processor has no further part in the stream.
+    Over,
+    /// The client gets this.
+    Answer(LocalReply),
+}
+
 #[derive(Default)]
 struct SideState {
     awaits: Cell<Option<Await>>,
@@ -73,6 +89,14 @@ struct SideState {
     no_body: Cell<bool>,
     /// The piece that the processor is shown is the last one.
     last_piece: Cell<bool>,
+    /// It has been shown a piece.
+    body_shown: Cell<bool>,
+    trailers_shown: Cell<bool>,
+    /// Pieces of its own that nobody has taken yet, and whether the last one is there.
+    pieces: RefCell<VecDeque<Bytes>>,
+    pieces_ended: Cell<bool>,
+    /// What it says to trailers where it may have said something before that nobody has taken yet.
+    trailers: RefCell<Option<Option<HeaderMutation>>>,
     waker: RefCell<Option<Waker>>,
     /// What the processor is told with the first message.
     attributes: RefCell<Option<Struct>>,
@@ -165,8 +189,14 @@ impl Session {
             return;
         }
         self.open();
-        if let Request::RequestBody(body) | Request::ResponseBody(body) = &request {
-            self.side(side).last_piece.set(body.end_of_stream);
+        let state = self.side(side);
+        match &request {
+            Request::RequestBody(body) | Request::ResponseBody(body) => {
+                state.last_piece.set(body.end_of_stream);
+                state.body_shown.set(true);
+            }
+            Request::RequestTrailers(_) | Request::ResponseTrailers(_) => state.trailers_shown.set(true),
+            Request::RequestHeaders(_) | Request::ResponseHeaders(_) => {}
         }
         let Mode([of_request, of_response]) = self.mode.get();
         let first = !self.protocol_told.replace(true) && !self.settings.observability;
@@ -188,8 +218,13 @@ impl Session {
         let Some(stream) = &*stream else { return };
         stream.send(&message);
         self.settings.stats.stream_msgs_sent.inc();
-        if awaits.is_some() {
-            let state = self.side(side);
+        if self.is_duplex(side) {
+            // Answers come in their order, when it likes.
+            state.deadline.set(None);
+            if state.awaits.get().is_none() {
+                state.awaits.set(awaits);
+            }
+        } else if awaits.is_some() {
             state.awaits.set(awaits);
             state.extended.set(false);
             state.deadline.set(Some(Instant::now() + self.settings.message_timeout));
@@ -223,14 +258,12 @@ impl Session {
                 return Poll::Ready(Outcome::Reply(reply));
             }
             if self.is_over() {
-                // A response that waits is what the answer takes the place of.
-                let other = side == Side::Request && self.side(Side::Response).awaits.get().is_some();
-                let answer = if other { None } else { self.answer.take() };
-                state.awaits.set(None);
-                return Poll::Ready(answer.map_or(Outcome::Over, Outcome::Answer));
+                return Poll::Ready(self.take_answer(side).map_or(Outcome::Over, Outcome::Answer));
             }
-            let Some(deadline) = state.deadline.get() else { return Poll::Ready(Outcome::Over) };
             state.waker.replace(Some(cx.waker().clone()));
+            let Some(deadline) = state.deadline.get() else {
+                return if state.awaits.get().is_some() { Poll::Pending } else { Poll::Ready(Outcome::Over) };
+            };
             let sleep = timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
             if sleep.deadline() != deadline {
                 sleep.as_mut().reset(deadline);
@@ -242,105 +275,50 @@ impl Session {
         }
     }
 
-    fn receive(&self, response: ProcessingResponse) {
-        if self.settings.observability || self.is_over() {
-            return;
-        }
-        if let Some(timeout) = response.override_message_timeout {
-            let limit = parse::duration(Some(timeout), "", "").ok().flatten();
-            return self.extend(limit.filter(|limit| *limit <= self.settings.max_message_timeout));
-        }
-        let in_headers = self.sides.iter().any(|side| side.awaits.get() == Some(Await::Headers));
-        if let Some(by) = response.mode_override.filter(|_| self.settings.allow_mode_override && in_headers) {
-            let written = mode::overridden(&self.settings.written_mode, &by);
-            let allowed = &self.settings.allowed_override_modes;
-            if allowed.is_empty() || allowed.iter().any(|other| mode::is_written_as(&written, other)) {
-                // What is not honoured cannot be carried out.
-                let Ok(mode) = Mode::parse(&written, "mode_override") else { return self.spurious("unhandled mode") };
-                self.mode.set(mode);
-            }
-        }
-        let metadata = response.dynamic_metadata.as_ref();
-        let common = |common: Option<CommonResponse>| Reply::Common(Box::new(common.unwrap_or_default()));
-        let (side, awaited, reply) = match response.response {
-            Some(Response::RequestHeaders(it)) => (Side::Request, Await::Headers, common(it.response)),
-            Some(Response::ResponseHeaders(it)) => (Side::Response, Await::Headers, common(it.response)),
-            Some(Response::RequestBody(it)) => (Side::Request, Await::Body, common(it.response)),
-            Some(Response::ResponseBody(it)) => (Side::Response, Await::Body, common(it.response)),
-            Some(Response::RequestTrailers(it)) => {
-                (Side::Request, Await::Trailers, Reply::Trailers(it.header_mutation))
-            }
-            Some(Response::ResponseTrailers(it)) => {
-                (Side::Response, Await::Trailers, Reply::Trailers(it.header_mutation))
-            }
-            Some(Response::ImmediateResponse(_)) if self.settings.disable_immediate_response => {
-                return self.spurious("unhandled immediate response due to config disabled it");
-            }
-            Some(Response::ImmediateResponse(answer)) => {
-                self.tell(metadata);
-                self.settings.stats.stream_msgs_received.inc();
-                self.finish();
-                let answer = self.answer_of(answer);
-                return self.end(Some(answer));
-            }
-            Some(Response::StreamedImmediateResponse(_)) | None => return self.spurious("unhandled message"),
-        };
-        self.tell(metadata);
+    /// What has come back of a body, whenever it was shown.
+    pub(super) fn poll_streamed(&self, side: Side, cx: &mut Context<'_>) -> Poll<Streamed> {
         let state = self.side(side);
-        if state.awaits.get() != Some(awaited) {
-            return self.spurious("spurious message");
+        if let Some(piece) = state.pieces.borrow_mut().pop_front() {
+            return Poll::Ready(Streamed::Piece(piece));
         }
-        self.settings.stats.stream_msgs_received.inc();
-        state.awaits.set(None);
-        state.deadline.set(None);
-        state.reply.replace(Some(reply));
-        if self.was_last(side, awaited) {
-            self.over.set(true);
-            self.finish();
+        if state.pieces_ended.get() {
+            return Poll::Ready(Streamed::End);
         }
-        wake(state);
+        if let Some(mutation) = state.trailers.take() {
+            return Poll::Ready(Streamed::Trailers(mutation));
+        }
+        if self.is_over() {
+            return Poll::Ready(self.take_answer(side).map_or(Streamed::Over, Streamed::Answer));
+        }
+        state.waker.replace(Some(cx.waker().clone()));
+        Poll::Pending
     }
 
-    /// Whether nothing more is to be shown after this reply. As in Envoy, that is not looked into where bodies are buffered.
-    fn was_last(&self, side: Side, awaited: Await) -> bool {
-        let (shown, state) = (self.mode.get().of(side), self.side(side));
-        let ends = match awaited {
-            Await::Headers => state.no_body.get() || shown.body == BodyMode::None && !shown.trailers,
-            Await::Body => shown.body == BodyMode::Streamed && state.last_piece.get() && !state.no_body.get(),
-            Await::Trailers => true,
+    /// The answer that the client gets, where it is this side that has to give it.
+    fn take_answer(&self, side: Side) -> Option<LocalReply> {
+        // A response that waits is what the answer takes the place of.
+        let other = side == Side::Request && self.side(Side::Response).awaits.get().is_some();
+        self.side(side).awaits.set(None);
+        if other { None } else { self.answer.take() }
+    }
+
+    fn is_duplex(&self, side: Side) -> bool {
+        self.mode.get().of(side).body == BodyMode::Duplex
+    }
+
+    /// Whether the stream can go on without the processor, should that fail: not where it may have pieces of a body that nobody else has.
+    fn fails_open(&self) -> bool {
+        let shown = |side| self.is_duplex(side) && self.side(side).body_shown.get();
+        self.merged.failure_mode_allow && !shown(Side::Request) && !shown(Side::Response)
+    }
+
+    /// Whether it has such pieces.
+    fn holds_body(&self) -> bool {
+        let holds = |side| {
+            let state = self.side(side);
+            self.is_duplex(side) && state.body_shown.get() && state.awaits.get().is_some()
         };
-        ends && (side == Side::Response || self.mode.get().of(Side::Response).is_nothing())
-    }
-
-    /// `override_message_timeout`
-    fn extend(&self, limit: Option<Duration>) {
-        let stats = &self.settings.stats;
-        let limit = limit.filter(|limit| *limit >= Duration::from_millis(1));
-        let waiting = |state: &&SideState| state.awaits.get().is_some() && !state.extended.get();
-        let waits = self.sides.iter().any(|state| waiting(&state));
-        let Some(limit) = limit.filter(|_| waits) else { return stats.override_message_timeout_ignored.inc() };
-        stats.override_message_timeout_received.inc();
-        for state in self.sides.iter().filter(waiting) {
-            state.extended.set(true);
-            state.deadline.set(Some(Instant::now() + limit));
-            wake(state);
-        }
-    }
-
-    /// Notes what the processor tells other filters, where it may.
-    fn tell(&self, metadata: Option<&Struct>) {
-        let Some(metadata) = metadata.filter(|_| !self.merged.received.is_empty()) else { return };
-        for (name, value) in &metadata.fields {
-            if !self.merged.received.iter().any(|known| **known == **name) {
-                continue;
-            }
-            let none = Struct::default();
-            let fields = match &value.kind {
-                Some(Kind::StructValue(fields)) => fields,
-                _ => &none,
-            };
-            self.progress.with_metadata(|all| crate::http::metadata::update(all.namespace_mut(name), fields));
-        }
+        holds(Side::Request) || holds(Side::Response)
     }
 
     /// An answer that nobody has asked for.
@@ -348,7 +326,7 @@ impl Session {
         let stats = &self.settings.stats;
         stats.spurious_msgs_received.inc();
         self.reset();
-        if self.merged.failure_mode_allow {
+        if self.fails_open() {
             stats.failure_mode_allowed.inc();
             self.end(None);
         } else {
@@ -367,11 +345,15 @@ impl Session {
             return;
         }
         stats.server_half_closed.inc();
-        if ended.status != 0 && !self.merged.failure_mode_allow {
+        if ended.status != 0 && !self.fails_open() {
             let details = format!("ext_proc_error_gRPC_error_{}{{{}}}", ended.status, ended.message);
             return self.end(Some(self.error(&details)));
         }
         stats.streams_closed.inc();
+        if self.holds_body() {
+            // What it has is lost, and what is left of the message is another one.
+            return self.end(Some(self.error("ext_proc_error_stream_closed_within_a_body")));
+        }
         if ended.status != 0 {
             // Envoy counts it for the failure, and for the end.
             stats.server_half_closed.inc();
@@ -384,7 +366,7 @@ impl Session {
         let stats = &self.settings.stats;
         stats.message_timeouts.inc();
         self.reset();
-        if self.merged.failure_mode_allow {
+        if self.fails_open() {
             stats.failure_mode_allowed.inc();
             return self.end(None);
         }
