@@ -29,6 +29,7 @@ use super::{
     route_table::RouteRef,
     stream::{LocalReply, RequestHead, StreamCx},
     stream_end::{Budget, StreamEnd},
+    strict_check,
     timeouts::Timeouts,
     timers::{Expired, Timers},
     upgrade,
@@ -83,6 +84,10 @@ pub(super) async fn forward(
     let hedges = hedges.unwrap_or_else(|| virtual_host.is_some_and(|host| host.hedge_on_per_try_timeout));
     timeouts.hedges = hedges;
     timeouts.tell(&mut head, cx);
+    if upgrade::is_websocket(&head) {
+        // The request has no end before its tunnel has: its answer is waited for from here on.
+        cx.progress.awaited.set(Some(clock::now()));
+    }
     let finished = finish_request(cx, action, &mut head, end.notes.counted.as_deref());
     let (mut hash, mut cookies) = (None, Vec::new());
     let wants_hash = |cluster: &Rc<WorkerCluster>| cluster.wants_hash();
@@ -125,7 +130,12 @@ pub(super) async fn forward(
     }
     let sent = redirects.then(|| Box::new(Sent { head: head.clone(), body: replay.clone() }));
     match (&mut retry, replay) {
-        (Some(retry), replay) => retry.body = replay,
+        (Some(retry), replay) => {
+            if retry.hedges {
+                replay.iter().for_each(Replay::share);
+            }
+            retry.body = replay;
+        }
         (None, Some(replay)) => body = replay.reader(),
         (None, None) => {}
     }
@@ -185,6 +195,7 @@ pub(super) async fn forward(
     timers.limit_attempt(until);
     if upgrade::is_switched(&method, response.status()) {
         timers.request_answered();
+        cx.progress.awaited.set(None);
         end.switched = true;
     }
     Ok(Answer { response, connection, timers, attempts: count, sent })
@@ -202,6 +213,9 @@ fn admitted(
         return Err(LocalReply::new(action.cluster_not_found_status, "", ResponseFlags::NC, "cluster_not_found"));
     };
     end.notes.counted = cx.route.as_ref().and_then(|route| Counted::of(route, head));
+    if let Some(reply) = strict_check::refusal(cx.strict_checks.as_deref().unwrap_or_default(), &head.headers) {
+        return Err(reply);
+    }
     admits(cx, end, &cluster)?;
     Ok(cluster)
 }

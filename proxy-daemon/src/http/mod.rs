@@ -48,6 +48,7 @@ mod scopes;
 mod stats;
 pub mod stream;
 mod stream_end;
+pub(crate) mod strict_check;
 mod timeouts;
 mod timers;
 mod token_bucket;

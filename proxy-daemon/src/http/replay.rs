@@ -4,7 +4,7 @@ use std::{
     cell::RefCell,
     pin::Pin,
     rc::Rc,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
 };
 
 use bytes::Bytes;
@@ -30,6 +30,12 @@ struct Kept {
     counter: Counter,
     /// The number of readers so far: only the last one may take from the source.
     readers: u64,
+    /// All readers may take from it, and each gets all of it, for as long as it is kept.
+    shared: bool,
+    /// The only reader that goes on where it is kept no more.
+    owner: u64,
+    /// Readers that wait for more.
+    waiting: Vec<Waker>,
 }
 
 impl Replay {
@@ -37,8 +43,26 @@ impl Replay {
     pub(super) fn new(source: Body, limit: u64, counter: Counter) -> Replay {
         let ended = source.is_end_stream();
         let (chunks, trailers) = (Vec::new(), None);
-        let kept = Kept { source, chunks, trailers, bytes: 0, limit, ended, abandoned: false, counter, readers: 0 };
+        let kept = Kept {
+            source,
+            chunks,
+            trailers,
+            bytes: 0,
+            limit,
+            ended,
+            abandoned: false,
+            counter,
+            readers: 0,
+            shared: false,
+            owner: 0,
+            waiting: Vec::new(),
+        };
         Replay(Rc::new(RefCell::new(kept)))
+    }
+
+    /// There may be several readers at a time, none of which takes anything from the others.
+    pub(super) fn share(&self) {
+        self.0.borrow_mut().shared = true;
     }
 
     /// The body from its beginning. A reader before this one gets nothing more from the source.
@@ -123,10 +147,22 @@ impl http_body::Body for Reader {
                 return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
             }
         }
-        if kept.readers != reader.number {
+        let superseded =
+            if kept.shared { kept.abandoned && kept.owner != reader.number } else { kept.readers != reader.number };
+        if superseded {
             return Poll::Ready(Some(Err("the request is sent again".into())));
         }
+        if !kept.abandoned {
+            kept.owner = reader.number;
+        }
         let polled = kept.poll_source(cx, keep);
+        if kept.shared {
+            match &polled {
+                Poll::Ready(_) => kept.waiting.drain(..).for_each(Waker::wake),
+                Poll::Pending if kept.waiting.iter().any(|known| known.will_wake(cx.waker())) => {}
+                Poll::Pending => kept.waiting.push(cx.waker().clone()),
+            }
+        }
         match &polled {
             Poll::Ready(Some(Ok(frame))) if frame.is_trailers() => reader.trailers = true,
             Poll::Ready(Some(Ok(_))) if !kept.abandoned => reader.next = kept.chunks.len(),
@@ -202,6 +238,34 @@ mod tests {
         let second = replay.reader();
         assert!(first.collect().await.is_err());
         assert_eq!(text(second).await, "one two");
+    }
+
+    #[tokio::test]
+    async fn readers_that_share_a_body_have_all_of_it() {
+        let replay = Replay::new(chunks(&["one ", "two ", "three"]), 100, counter());
+        replay.share();
+        let (mut first, mut second) = (replay.reader(), replay.reader());
+        let mut texts = [String::new(), String::new()];
+        for _ in 0..2 {
+            for (reader, text) in [&mut first, &mut second].into_iter().zip(&mut texts) {
+                let frame = reader.frame().await.and_then(Result::ok).and_then(|frame| frame.into_data().ok());
+                text.push_str(&String::from_utf8_lossy(&frame.unwrap()));
+            }
+        }
+        assert_eq!(texts, ["one two ", "one two "]);
+        drop(second);
+        assert_eq!(text(first).await, "three");
+    }
+
+    #[tokio::test]
+    async fn of_a_shared_body_over_the_limit_one_reader_goes_on() {
+        let replay = Replay::new(chunks(&["one ", "two ", "three"]), 5, counter());
+        replay.share();
+        let (mut first, second) = (replay.reader(), replay.reader());
+        assert!(first.frame().await.is_some() && first.frame().await.is_some());
+        assert!(replay.is_abandoned());
+        assert!(second.collect().await.is_err());
+        assert_eq!(text(first).await, "three");
     }
 
     #[tokio::test]

@@ -1,5 +1,7 @@
 //! One request: past the checks of its head to its route and the filters, and its answer back.
 
+mod anew;
+
 use std::{
     cell::RefCell,
     net::{IpAddr, SocketAddr},
@@ -11,6 +13,7 @@ use std::{
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header::LOCATION};
 
+use self::anew::{lead, redirected};
 use super::{
     RouteRef,
     begun::Begun,
@@ -18,10 +21,10 @@ use super::{
     cluster_choice::{choose_cluster, cluster_name},
     codec::{self, h1::Upgrade},
     conn_manager::ConnState,
-    filters::{Flow, HttpFilter, Led, PerRoute, Redirect, RedirectPolicy},
+    filters::{Flow, HttpFilter, Led, PerRoute},
     forward::forward,
     headers::{self, names::*},
-    internal_redirect::{self, Sent, Trail},
+    internal_redirect::Trail,
     local_reply::{self, answer, answer_stream},
     normal,
     observe::{EndHolder, RequestObserver, ResponseObserver},
@@ -147,6 +150,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         flags: ResponseFlags::default(),
         suppress_envoy_headers: false,
         respects_expected_timeout: false,
+        strict_checks: None,
         keeps_request: config.local_replies.is_some(),
         reroute: false,
         max_headers: MaxHeaders { count: config.max_headers_count, kilobytes: config.max_request_headers_kb },
@@ -189,6 +193,9 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         let flow = entry.source.with(|factory| {
             cx.suppress_envoy_headers |= factory.suppresses_envoy_headers();
             cx.respects_expected_timeout |= factory.respects_expected_timeout();
+            if let Some(checks) = factory.strict_checks() {
+                cx.strict_checks = Some(Arc::clone(checks));
+            }
             factory.request(&mut head, &mut body, &mut cx, told, &mut filters)
         });
         let flow = match (flow, filters.last_mut()) {
@@ -391,57 +398,6 @@ async fn answer_or_lead(
     let state = Rc::clone(&end.state);
     let find = |redirect, cx: &StreamCx| lead(redirect, &state, cx);
     answer_stream(end, reply, grpc, is_head, cx, &mut filters, find).await.map_err(Box::new)
-}
-
-/// The request that begins anew because a filter wants another response; `None`: there is no route for it.
-fn lead(redirect: Redirect, state: &ConnState, cx: &StreamCx) -> Option<Arrived> {
-    let Redirect { mut head, led } = redirect;
-    if state.routes.route(&head, &cx.match_cx()).is_none() {
-        led.policy.has_no_route();
-        return None;
-    }
-    RedirectPolicy::finish(&mut head);
-    let (remote, internal) = (cx.remote, cx.internal);
-    let custom_response = Some(led);
-    Some(Arrived { head: *head, body: Body::Empty, upgrade: None, remote, internal, trail: None, custom_response })
-}
-
-/// What the request becomes where the response redirects it, and that is followed here.
-fn redirected(
-    sent: &Sent,
-    response: &ResponseHead,
-    cx: &StreamCx,
-    end: &StreamEnd,
-    mut trail: Box<Trail>,
-) -> Option<Arrived> {
-    let route = cx.route.as_ref()?;
-    let RouteAction::Forward(action) = &route.action else { return None };
-    let policy = action.internal_redirect.as_deref()?;
-    if !policy.response_codes.contains(&response.status) {
-        return None;
-    }
-    let state = &end.state;
-    let find = |head: &RequestHead| state.routes.route(head, &cx.match_cx());
-    let encrypted = cx.connection.tls().is_some();
-    let stats = &state.manager.stats;
-    let next = internal_redirect::follow(sent, (policy, route), response, (encrypted, &mut trail), stats, find);
-    if let Some(cluster) = &cx.cluster {
-        let stats = &cluster.cluster.stats;
-        match next {
-            Some(_) => stats.upstream_internal_redirect_succeeded_total.inc(),
-            None => stats.upstream_internal_redirect_failed_total.inc(),
-        }
-    }
-    let (head, body) = next?;
-    Some(Arrived {
-        head,
-        body,
-        upgrade: None,
-        remote: cx.remote,
-        internal: cx.internal,
-        trail: Some(trail),
-        custom_response: cx.custom_response.clone(),
-    })
 }
 
 /// These filters, each with its place.

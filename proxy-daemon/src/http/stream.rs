@@ -5,6 +5,7 @@ use std::{
     cell::{Cell, RefCell},
     net::SocketAddr,
     rc::Rc,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -13,7 +14,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 
 use super::{
     MatchCx, RouteRef, codec::h1::CodecError, headers, metadata::Metadata, route_match::authority,
-    stream_end::StreamEnd,
+    stream_end::StreamEnd, strict_check::StrictCheck,
 };
 use crate::{
     access_log::{Headers, Record, ResponseFlags, Times},
@@ -107,6 +108,8 @@ pub struct StreamCx {
     pub suppress_envoy_headers: bool,
     /// `respect_expected_rq_timeout` of the stream's router.
     pub(super) respects_expected_timeout: bool,
+    /// `strict_check_headers` of the stream's router.
+    pub(super) strict_checks: Option<Arc<[StrictCheck]>>,
     /// The stream's random number: routes and weighted clusters are chosen by it.
     pub random: u64,
     /// When the first byte of the request's head was seen, at the latest.
@@ -354,6 +357,8 @@ pub struct Progress {
     pub health_check: Cell<bool>,
     /// When the request was complete.
     pub request_complete: Cell<Option<Instant>>,
+    /// From when on the answer is waited for of a request that has no end before.
+    pub(super) awaited: Cell<Option<Instant>>,
     /// How many messages of gRPC there were in each direction, where `grpc_stats` tells.
     pub grpc_messages: Cell<Option<(u64, u64)>>,
     /// Nobody could be connected to in a tunnel, and the request went where it would have gone.
@@ -402,6 +407,7 @@ impl Progress {
             reset_by_client: Cell::new(false),
             health_check: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
+            awaited: Cell::default(),
             grpc_messages: Cell::new(None),
             left_tunnel: Cell::new(false),
             attempts: Cell::new(0),
@@ -483,6 +489,11 @@ impl Progress {
     /// The answer of a filter.
     pub(super) fn take_answer(&self) -> Option<LocalReply> {
         self.answer.take().map(|reply| *reply)
+    }
+
+    /// From when on the answer is waited for.
+    pub(super) fn awaited_since(&self) -> Option<Instant> {
+        self.request_complete.get().or(self.awaited.get())
     }
 
     /// The request has passed whole.

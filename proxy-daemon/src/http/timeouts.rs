@@ -245,7 +245,7 @@ impl TryLimit {
     async fn answer_is_late(&mut self) -> Failure {
         let Some((limit, failure)) = self.limit else { return std::future::pending().await };
         std::future::poll_fn(|cx| {
-            let Some(complete) = self.progress.request_complete.get() else { return Poll::Pending };
+            let Some(complete) = self.progress.awaited_since() else { return Poll::Pending };
             let from = complete.max(self.since);
             let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until((from + limit).into())));
             sleep.as_mut().poll(cx).map(|()| failure)

@@ -94,7 +94,7 @@ impl Timers {
     /// The limit that passes next.
     fn next(&self) -> Option<(Instant, Expired)> {
         let complete = self.progress.request_complete.get();
-        let route = complete.zip(self.route).map(|(since, limit)| (since + limit, Expired::Route));
+        let route = self.progress.awaited_since().zip(self.route).map(|(since, limit)| (since + limit, Expired::Route));
         let request = self.request.filter(|_| complete.is_none());
         let request = request.map(|limit| (self.started + limit, Expired::Request));
         let idle = self.idle.map(|limit| (self.progress.last_activity.get() + limit, Expired::Idle));

@@ -102,6 +102,13 @@ pub(super) fn is_switched(method: &Method, status: StatusCode) -> bool {
     status == StatusCode::SWITCHING_PROTOCOLS || *method == Method::CONNECT && status.is_success()
 }
 
+/// Whether a request asks for WebSocket.
+pub(super) fn is_websocket(head: &RequestHead) -> bool {
+    head.extensions.get::<Upgrade>().is_some()
+        && head.method != Method::CONNECT
+        && head.headers.get(UPGRADE).is_some_and(|it| it.as_bytes().eq_ignore_ascii_case(b"websocket"))
+}
+
 /// What a request becomes whose tunnel ends here; `None`: it goes on as it is.
 pub(super) fn terminated(action: &ForwardAction, method: &Method) -> Option<ConnectConfig> {
     if !matches!(*method, Method::CONNECT | Method::POST) {

@@ -5,7 +5,7 @@ use std::{fmt::Debug, sync::Arc};
 use arc_swap::ArcSwapOption;
 use envoy_types::pb::google::protobuf::Any;
 
-use super::{FilterCx, HttpFilterFactory, Registered, find, r#override};
+use super::{FilterCx, HttpFilterFactory, Registered, r#override, registry::find};
 use crate::config::{
     FieldError,
     model::{OriginalSrc, ResourceRef, SecretRef},

@@ -148,6 +148,15 @@ impl RetryOn {
         }
     }
 
+    /// Whether all words of a list such as `retry_on` are known; `grpc`: of one such as `x-envoy-retry-grpc-on`.
+    pub fn is_valid(kinds: &str, grpc: bool) -> bool {
+        if !grpc {
+            return RetryOn::default().add(kinds).is_none();
+        }
+        let mut kinds = kinds.split(',').map(str::trim).filter(|kind| !kind.is_empty());
+        kinds.all(|kind| RetryOn::grpc_status(kind).is_some())
+    }
+
     /// The gRPC status that this kind of retry is about.
     pub fn grpc_status(kind: &str) -> Option<u32> {
         Some(match kind {

@@ -61,7 +61,7 @@ fn a_listener_waits_for_its_filter_and_every_place_gets_it() {
     assert_eq!(store.snapshot().unready[0].targets, ["shared target FilterConfigSubscription init ext.one"]);
 
     assert_eq!(store.update(ecds(vec![router("ext.one", true)])).rejected(), []);
-    let filter = "filter ext.one RouterFilter { suppress_envoy_headers: true, respect_expected_rq_timeout: false }";
+    let filter = "filter ext.one RouterFilter { suppress_envoy_headers: true, respect_expected_rq_timeout: false, strict_checks: None }";
     assert_eq!(calls.take(), [filter, filter, "listener a", "listener b"]);
     assert_eq!(counted("ext.one", "config_reload"), 1);
     // The same again is no news, and a new version of a listener has it at once.
@@ -110,7 +110,9 @@ fn a_filter_that_does_not_fit_is_refused_by_name_and_the_one_before_stays() {
     store.update(ecds(vec![router("ext.two", false)]));
     assert_eq!(
         calls.take(),
-        ["filter ext.two RouterFilter { suppress_envoy_headers: false, respect_expected_rq_timeout: false }"]
+        [
+            "filter ext.two RouterFilter { suppress_envoy_headers: false, respect_expected_rq_timeout: false, strict_checks: None }"
+        ]
     );
     assert_eq!(
         fails(&format!("{{ '@type': {ROUTER}, start_child_span: true }}")),
@@ -153,7 +155,9 @@ fn a_default_serves_without_warming_after_the_wait_and_after_a_removal() {
     store.update(ecds(vec![router("ext.four", true)]));
     assert_eq!(
         calls.take(),
-        ["filter ext.four RouterFilter { suppress_envoy_headers: true, respect_expected_rq_timeout: false }"]
+        [
+            "filter ext.four RouterFilter { suppress_envoy_headers: true, respect_expected_rq_timeout: false, strict_checks: None }"
+        ]
     );
     store.update(removal(TypedExtensionConfig::type_url(), "ext.four"));
     assert_eq!(calls.take(), ["filter ext.four as by default"]);
@@ -161,7 +165,9 @@ fn a_default_serves_without_warming_after_the_wait_and_after_a_removal() {
     store.update(ecds(vec![router("ext.four", true)]));
     assert_eq!(
         calls.take(),
-        ["filter ext.four RouterFilter { suppress_envoy_headers: true, respect_expected_rq_timeout: false }"],
+        [
+            "filter ext.four RouterFilter { suppress_envoy_headers: true, respect_expected_rq_timeout: false, strict_checks: None }"
+        ],
         "news again"
     );
 }
