@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port, scratch_dir};
+use culvert_tests::http1;
 use nix::sys::signal::Signal;
 
 use super::services::{self, Asked};
@@ -26,8 +27,12 @@ pub struct Case {
     /// Each with its name and its `typed_config`, in YAML's flow style.
     filters: Vec<(&'static str, String)>,
     requests: Vec<String>,
+    /// All of them come on one connection.
+    on_one_connection: bool,
     /// Lines of the connection manager.
     of_manager: String,
+    /// Fields of its router, in flow style.
+    of_router: String,
     /// How long its messages are is a proxy's own.
     of_own_lengths: bool,
     /// How many messages services are shown of each request, some of them perhaps after its answer.
@@ -60,7 +65,9 @@ pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[
         name,
         filters: vec![(filter, config.to_owned())],
         requests,
+        on_one_connection: false,
         of_manager: String::new(),
+        of_router: String::new(),
         of_own_lengths: false,
         shown: Vec::new(),
         of_routes: Default::default(),
@@ -195,6 +202,18 @@ impl Case {
         self
     }
 
+    /// With fields of its router, in flow style.
+    pub fn of_router(mut self, fields: &str) -> Case {
+        self.of_router = format!(", {fields}");
+        self
+    }
+
+    /// With all its requests on one connection, which must outlast them.
+    pub fn on_one_connection(mut self) -> Case {
+        self.on_one_connection = true;
+        self
+    }
+
     /// With a line `field: value` of the connection manager.
     pub fn of_manager(mut self, line: &str) -> Case {
         self.of_manager += &format!("          {line}\n");
@@ -294,16 +313,21 @@ fn requests(
     port: u16,
     (seen, asked, others): (&Seen, &Asked, &[(&'static str, u16)]),
 ) -> Vec<String> {
+    let mut connection = None;
     let one = |(number, request): (usize, &String)| {
         let id = format!("{index}-{number}");
         let told = sessions(others);
         let request = told.iter().fold(request.clone(), |request, (name, session)| request.replace(name, session));
-        let bytes = bytes(&request, &id);
+        let bytes = bytes(&request, &id, case.on_one_connection);
         let method = bytes.split(' ').next().unwrap_or_default();
         let mut text = if request.contains("\nupgrade:") {
             tunnel(port, &bytes).unwrap_or_else(|error| format!("{error:#}\n"))
         } else {
-            match fetch_raw(port, bytes.as_bytes(), method) {
+            let fetched = match case.on_one_connection {
+                true => fetch_on(&mut connection, port, bytes.as_bytes(), method),
+                false => fetch_raw(port, bytes.as_bytes(), method),
+            };
+            match fetched {
                 Ok(response) => {
                     let mut headers: Vec<_> =
                         response.headers.0.iter().map(|(name, value)| shown(name, value)).collect();
@@ -325,6 +349,25 @@ fn requests(
         text + &asked.of(&id).iter().map(|asked| format!("\n{asked}")).collect::<String>()
     };
     case.requests.iter().enumerate().map(one).collect()
+}
+
+/// Sends a request on a connection that stays, which is made for the first one.
+fn fetch_on(
+    connection: &mut Option<BufReader<TcpStream>>,
+    port: u16,
+    bytes: &[u8],
+    method: &str,
+) -> Result<http1::Response> {
+    let stream = match connection {
+        Some(stream) => stream,
+        none => {
+            let stream = TcpStream::connect(("127.0.0.1", port))?;
+            stream.set_read_timeout(Some(Duration::from_secs(15)))?;
+            none.insert(BufReader::new(stream))
+        }
+    };
+    stream.get_mut().write_all(bytes)?;
+    http1::Response::read(stream, method)
 }
 
 /// What a client sees that asks for another protocol, says something in it, and goes. The headers are not looked at.
@@ -449,6 +492,10 @@ pub fn compare(cases: Vec<Case>) -> Result<()> {
 /// A header as it is compared.
 pub fn shown(name: &str, value: &str) -> String {
     let name = name.to_lowercase();
+    // That was so many seconds before, on a busy machine.
+    if let ("x-ratelimit-reset", Ok(seconds @ 100..)) = (name.as_str(), value.parse::<u64>()) {
+        return format!("{name}: about {}", seconds.next_multiple_of(100));
+    }
     if is_own_value(&name) { name } else { format!("{name}: {value}") }
 }
 
@@ -457,7 +504,7 @@ pub fn is_own_value(name: &str) -> bool {
     OWN_VALUES.contains(&name)
 }
 
-fn bytes(request: &str, id: &str) -> String {
+fn bytes(request: &str, id: &str, stays: bool) -> String {
     let (head, body) = request.split_once("\n\n").unwrap_or((request, ""));
     let (line, headers) = head.split_once('\n').unwrap_or((head, ""));
     let mut bytes = format!("{line} HTTP/1.1\r\n");
@@ -470,7 +517,7 @@ fn bytes(request: &str, id: &str) -> String {
     if !body.is_empty() && !headers.contains("transfer-encoding") {
         bytes += &format!("content-length: {}\r\n", body.len());
     }
-    let connection = if headers.contains("connection:") { "" } else { "connection: close\r\n" };
+    let connection = if stays || headers.contains("connection:") { "" } else { "connection: close\r\n" };
     bytes + &format!("x-id: {id}\r\n{connection}\r\n{body}")
 }
 
@@ -530,9 +577,10 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
                 {{match: {{prefix: /}}, route: {{cluster: a{of_action}}}, typed_per_filter_config: {{{by_route}}}}}]}}
           http_filters:
 {filters}          - name: envoy.filters.http.router
-            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
+            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router{of_router}}}
 "#,
         of_manager = case.of_manager,
+        of_router = case.of_router,
         log_filter = case.log_filter,
         further_logs = case.further_logs.replace("$case", &format!("case{index}")),
         domains = case.domains,

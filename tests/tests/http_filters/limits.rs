@@ -83,6 +83,22 @@ fn settings() -> Vec<Case> {
             ", response_headers_to_add: [{header: {key: x-a, value: \"%REQ(x-b)%\"}}]",
             &["GET /\nx-b: 1", "GET /\nx-b: 1\nx-answer: {\"overall_code\": \"OVER_LIMIT\"}"],
         ),
+        limit("a time to try again", ", enable_retry_after_header: true", &again()),
+        limit(
+            "a time to try again, of another status",
+            ", enable_retry_after_header: true, rate_limited_status: {code: 503}",
+            &again()[..1],
+        ),
+        limit(
+            "a time to try again, not enforced",
+            ", enable_retry_after_header: true, filter_enforced: {default_value: {numerator: 0}}",
+            &again()[..1],
+        ),
+        limit(
+            "a time to try again, and one of the filter's",
+            ", enable_retry_after_header: true, response_headers_to_add: [{header: {key: retry-after, value: '5'}}]",
+            &again()[..1],
+        ),
         limit("external requests", ", request_type: external", &[OVER]),
         limit("internal requests", ", request_type: internal", &[OVER]),
         limit("another stage", ", stage: 2", &[OVER])
@@ -97,6 +113,19 @@ fn settings() -> Vec<Case> {
             &["GET /", "GET /plain"],
         )
         .of_routes("", &limits("")),
+    ]
+}
+
+/// Limits that are exceeded, and those that are not.
+fn again() -> [&'static str; 7] {
+    [
+        "GET /\nx-answer: {\"overall_code\": \"OVER_LIMIT\", \"statuses\": [{\"code\": \"OVER_LIMIT\", \"duration_until_reset\": \"17s\"}, {\"code\": \"OK\", \"duration_until_reset\": \"40s\"}]}",
+        "GET /\nx-answer: {\"overall_code\": \"OVER_LIMIT\", \"statuses\": [{\"code\": \"OVER_LIMIT\", \"duration_until_reset\": \"17.9s\"}, {\"code\": \"OVER_LIMIT\", \"duration_until_reset\": \"3s\"}]}",
+        "GET /\nx-answer: {\"overall_code\": \"OVER_LIMIT\", \"statuses\": [{\"code\": \"OVER_LIMIT\", \"duration_until_reset\": \"0.3s\"}]}",
+        "GET /\nx-answer: {\"overall_code\": \"OVER_LIMIT\", \"statuses\": [{\"code\": \"OVER_LIMIT\"}]}",
+        "GET /\nx-answer: {\"overall_code\": \"OVER_LIMIT\", \"statuses\": [{\"code\": \"OK\", \"duration_until_reset\": \"9s\"}]}",
+        "GET /\nx-answer: {\"overall_code\": \"OK\", \"statuses\": [{\"code\": \"OVER_LIMIT\", \"duration_until_reset\": \"9s\"}]}",
+        "GET /\nx-answer: {\"overall_code\": \"OVER_LIMIT\", \"response_headers_to_add\": [{\"key\": \"retry-after\", \"value\": \"77\"}], \"statuses\": [{\"code\": \"OVER_LIMIT\", \"duration_until_reset\": \"9s\"}]}",
     ]
 }
 
@@ -232,6 +261,9 @@ fn local() -> Vec<Case> {
         "GET /\nx-a: three",
         "GET /plain",
     ];
+    let of_connections = "local_rate_limit_per_downstream_connection: true";
+    let more = on.replace("max_tokens: 4", "max_tokens: 100").replace("$case", "$case.second");
+    let mixed = ["GET /", "GET /", "GET /plain", "GET /", "GET /", "GET /", "GET /plain"];
     vec![
         case("local descriptors", LOCAL, &format!("{on}, {descriptors}"), &requests).of_routes("", &limits),
         case("local descriptors of the host", LOCAL, &format!("{on}, {descriptors}"), &requests).of_routes(&limits, ""),
@@ -264,13 +296,28 @@ fn local() -> Vec<Case> {
             &["GET /\nx-a: one", "GET /\nx-a: one", "GET /\nx-a: two\nx-b: 1", "GET /\nx-a: one\nx-b: 1", "GET /\nx-a: two\nx-b: 1", "GET /\nx-a: one", "GET /\nx-b: 2"],
         )
         .of_routes("", "rate_limits: [{actions: [{request_headers: {header_name: x-a, descriptor_key: a}}]}, {actions: [{request_headers: {header_name: x-b, descriptor_key: b}}]}]"),
+        case("local limits of connections", LOCAL, &format!("{on}, {descriptors}, {of_connections}"), &requests)
+            .of_routes("", &limits),
+        case("local limits of one connection", LOCAL, &format!("{on}, {descriptors}, {of_connections}"), &requests)
+            .of_routes("", &limits)
+            .on_one_connection(),
+        // The second one has tokens for all, and takes those of the first one.
         case(
-            "local limits of connections",
+            "local limits of one connection, twice",
             LOCAL,
-            &format!("{on}, {descriptors}, local_rate_limit_per_downstream_connection: true"),
-            &requests,
+            &format!("{}, {of_connections}", on.replace("$case", "$case.first")),
+            &["GET /"; 4],
         )
-        .of_routes("", &limits),
+        .then(LOCAL, &format!("{more}, {of_connections}"))
+        .on_one_connection(),
+        // The first one has a bucket of all connections.
+        case("local limits of one connection and of all", LOCAL, &on.replace("$case", "$case.first"), &["GET /"; 6])
+            .then(LOCAL, &format!("{}, {of_connections}", more.replace("max_tokens: 100", "max_tokens: 2")))
+            .on_one_connection(),
+        // The route's bucket is the connection's where it had the first request.
+        case("local limits of one connection by route", LOCAL, &format!("{more}, {of_connections}"), &mixed)
+            .told(By::Route, LOCAL, &format!("{}, {of_connections}", on.replace("$case", "$case.route")))
+            .on_one_connection(),
         case(
             "local descriptors of the filter, and answers of the proxy",
             LOCAL,

@@ -10,6 +10,7 @@ mod changes;
 mod compression;
 mod connections;
 mod delegates;
+mod duplex;
 mod entries;
 mod faults;
 mod grpc;
@@ -21,8 +22,10 @@ mod logs;
 mod metadata;
 mod processing;
 mod responses;
+mod rotation;
 mod services;
 mod sessions;
+mod strict;
 mod taps;
 mod tokens;
 #[path = "../http_routes/upstream.rs"]
@@ -114,6 +117,21 @@ fn messages_are_processed_as_by_envoy() -> Result<()> {
 }
 
 #[test]
+fn messages_are_processed_in_both_directions_at_once_as_by_envoy() -> Result<()> {
+    harness::compare(duplex::cases())
+}
+
+#[test]
+fn a_processor_that_leaves_with_a_body_fails_the_request() -> Result<()> {
+    for (case, texts) in harness::of_culvert(&duplex::cut_short())?.iter().enumerate() {
+        let log = texts.iter().find(|text| text.starts_with("log:")).map_or("", String::as_str);
+        let why = if case < 2 { "ext_proc_error_stream_closed_within_a_body" } else { "spurious_message" };
+        ensure!(log.contains(&format!(" 500 - {why}")), "case {case}: {texts:#?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn requests_are_limited_as_by_envoy() -> Result<()> {
     harness::compare(limits::cases())
 }
@@ -136,6 +154,11 @@ fn streams_are_tapped_as_by_envoy() -> Result<()> {
 #[test]
 fn responses_are_looked_for_elsewhere_as_by_envoy() -> Result<()> {
     harness::compare(responses::redirects())
+}
+
+#[test]
+fn headers_are_checked_as_by_envoy() -> Result<()> {
+    harness::compare(strict::cases())
 }
 
 #[test]

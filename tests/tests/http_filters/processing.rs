@@ -14,20 +14,20 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// A request, with the service's answers.
-fn shown(request: &str, answers: &str) -> String {
+pub fn shown(request: &str, answers: &str) -> String {
     let (head, body) = request.split_once("\n\n").unwrap_or((request, ""));
     let body = if body.is_empty() { String::new() } else { format!("\n\n{body}") };
     format!("{head}\nx-answer: {answers}{body}")
 }
 
-fn of(name: &'static str, more: &str, requests: &[String]) -> Case {
+pub fn of(name: &'static str, more: &str, requests: &[String]) -> Case {
     let requests: Vec<_> = requests.iter().map(String::as_str).collect();
     let fields =
         format!("stat_prefix: $case, grpc_service: {{envoy_grpc: {{cluster_name: grpc}}}}, message_timeout: 1s{more}");
     case(name, EXT_PROC, &fields, &requests)
 }
 
-fn mode(fields: &str) -> String {
+pub fn mode(fields: &str) -> String {
     format!(", processing_mode: {{{fields}}}")
 }
 
@@ -40,13 +40,13 @@ fn to_response(common: &str) -> String {
     format!(r#"[{{"request_headers": {{}}}}, {{"response_headers": {{"response": {{{common}}}}}}}]"#)
 }
 
-fn set(name: &str, value: &str, action: &str) -> String {
+pub fn set(name: &str, value: &str, action: &str) -> String {
     use base64::Engine as _;
     let value = base64::engine::general_purpose::STANDARD.encode(value);
     format!(r#"{{"header": {{"key": "{name}", "raw_value": "{value}"}}{action}}}"#)
 }
 
-fn sets(options: &[String]) -> String {
+pub fn sets(options: &[String]) -> String {
     format!(r#""header_mutation": {{"set_headers": [{}]}}"#, options.join(", "))
 }
 

@@ -33,7 +33,7 @@ impl Asked {
 /// Starts the server; returns its port.
 ///
 /// What it answers stands in the request's header `x-answer` (of rate limits: in the descriptor entry `answer`): the response's
-/// message as JSON, for streams a list of them, one for each message that comes; or `status N` (gRPC's), `http N`, `hang`,
+/// message as JSON, for streams a list of them, one for each message that comes (in its place a list of several, or `"end"`, which ends the stream); or `status N` (gRPC's), `http N`, `hang`,
 /// `garbage`. Without one the answer is an empty message.
 pub fn start(asked: Arc<Asked>) -> Result<u16> {
     server::start_async(move |stream| {
@@ -207,28 +207,39 @@ async fn serve(request: Request<h2::RecvStream>, mut respond: SendResponse<Bytes
             }
             _ => {}
         }
-        let body = if answer == "garbage" {
-            Some(Bytes::from_static(b"\0\0\0\0\x02\xff\xff"))
+        let mut ends = false;
+        let bodies = if answer == "garbage" {
+            vec![Bytes::from_static(b"\0\0\0\0\x02\xff\xff")]
         } else {
             let json: Value =
                 if answer.is_empty() { Value::Object(Default::default()) } else { serde_json::from_str(&answer)? };
-            match json {
-                Value::Array(list) => list
-                    .get(count)
-                    .filter(|item| !item.is_null())
-                    .map(|item| encode(&method.output(), item))
-                    .transpose()?,
-                json => Some(encode(&method.output(), &json)?),
-            }
+            let all = match json {
+                Value::Array(list) => match list.get(count).cloned().unwrap_or_default() {
+                    Value::Array(several) => several,
+                    Value::Null => Vec::new(),
+                    Value::String(word) => {
+                        ends = word == "end";
+                        Vec::new()
+                    }
+                    one => vec![one],
+                },
+                one => vec![one],
+            };
+            all.iter().map(|answer| encode(&method.output(), answer)).collect::<Result<_>>()?
         };
         count += 1;
         if stream.is_none() {
             let response = Response::builder().header("content-type", "application/grpc").body(())?;
             stream = Some(respond.send_response(response, false)?);
         }
-        if let (Some(stream), Some(body)) = (&mut stream, body) {
-            ensure!(body.len() < 60_000, "an answer longer than a window");
-            stream.send_data(body, false)?;
+        if let Some(stream) = &mut stream {
+            for body in bodies {
+                ensure!(body.len() < 60_000, "an answer longer than a window");
+                stream.send_data(body, false)?;
+            }
+        }
+        if ends {
+            break;
         }
         if !method.is_client_streaming() {
             break;

@@ -120,7 +120,7 @@ fn one(name: &'static str, more: &str, requests: &[String]) -> Case {
 }
 
 pub fn cases() -> Vec<Case> {
-    [verified(), limited(), places(), told(), failures(), requirements(), remote()].concat()
+    [verified(), limited(), places(), told(), failures(), requirements(), states(), remote()].concat()
 }
 
 fn verified() -> Vec<Case> {
@@ -472,6 +472,26 @@ fn requirements() -> Vec<Case> {
         )
         .told(By::Route, PER_ROUTE, "requirement_name: other"),
         rule("off by route", "provider_name: p").told(By::Route, PER_ROUTE, "disabled: true"),
+    ]
+}
+
+/// What the filter state asks for.
+fn states() -> Vec<Case> {
+    let providers =
+        format!("providers: {{p: {}, q: {}}}", provider(""), provider("").replace("issuer: i", "issuer: j"));
+    let rules = "filter_state_rules: {name: x.wanted, requires: {one: {provider_name: p}, two: {provider_name: q}}}";
+    let state = "on_request_headers: [{object_key: x.wanted, factory_key: envoy.string, format_string: {text_format_source: {inline_string: '%REQ(x-wanted)%'}}}]";
+    let mut requests: Vec<_> = ["one", "two", "three", ""].map(|wanted| format!("GET /\nx-wanted: {wanted}")).into();
+    requests.extend(["one", "two", "three"].map(|wanted| format!("{}\nx-wanted: {wanted}", with(&good()))));
+    requests.push("GET /plain\nx-wanted: one".to_owned());
+    requests.push(format!("{}\nx-wanted: two", with(&token("HS256", "{\"iss\": \"j\"}"))));
+    let of = |name, more: &str| {
+        jwt(name, &format!("{providers}, {rules}{more}"), &requests).before("set_filter_state.v3.Config", state)
+    };
+    vec![
+        of("requirements of the filter state", ""),
+        of("rules before the filter state", ", rules: [{match: {prefix: /plain}}]"),
+        jwt("nobody tells the filter state", &format!("{providers}, {rules}"), &requests[..2]),
     ]
 }
 

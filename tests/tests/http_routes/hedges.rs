@@ -47,7 +47,26 @@ pub fn cases() -> Vec<Case> {
     ];
     let trusting =
         |name, fields: &str| TRUSTING.iter().fold(to(name, fields, &asked), |case, line| case.of_manager(line));
+    let upgrades = format!("upgrade_configs: [{{upgrade_type: websocket}}], {hedged}");
+    let upgrade = |does: &str| format!("GET /\nconnection: Upgrade\nupgrade: websocket\nx-do: {does}\n\nhello|bye");
+    // Of WebSocket the answer is waited for though the request has no end before its tunnel has.
+    let tunnels = ["101", "101+delay=1600", "101+delay=1000,101", "503,101", "503,101+delay=1000,101", "reset,101"];
+    let refused = ["403+delay=1000,101", "503,503,503", "reset"];
+    let tunnels: Vec<_> = tunnels.iter().chain(&refused).map(|does| upgrade(does)).collect();
+    let tunnels: Vec<_> = tunnels.iter().map(String::as_str).collect();
     vec![
+        to("tunnels that are late", &upgrades, &tunnels),
+        to(
+            "tunnels that are late and tried again",
+            &format!("upgrade_configs: [{{upgrade_type: websocket}}], {retries}"),
+            &tunnels,
+        ),
+        to(
+            "tunnels of the host's policy",
+            &format!("upgrade_configs: [{{upgrade_type: websocket}}], {retries}"),
+            &tunnels,
+        )
+        .of_host("hedge_policy: {hedge_on_per_try_timeout: true}"),
         to("an attempt beside one that is late", &hedged, &REQUESTS),
         to(
             "whatever is tried again",

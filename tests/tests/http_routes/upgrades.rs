@@ -46,6 +46,13 @@ pub fn cases() -> Vec<Case> {
         with("upgrades that are tried again", &to(", retry_policy: {retry_on: 5xx}"), &all).of_manager(ALLOWED),
         with("upgrades and the route's timeout", &to(", timeout: 0.3s"), &[ask("/", "websocket", "\nhello")])
             .of_manager(ALLOWED),
+        with(
+            "upgrades that are late for the route",
+            &to(", timeout: 0.5s"),
+            &["101+delay=1500", "200+delay=1500", "101+delay=100"]
+                .map(|does| ask("/", "websocket", "\nbye").replace("x-do: 101", &format!("x-do: {does}"))),
+        )
+        .of_manager(ALLOWED),
         with("upgrades and the idle timeout", &to(", idle_timeout: 0.4s"), &[ask("/", "websocket", "\nhello")])
             .of_manager(ALLOWED),
     ];

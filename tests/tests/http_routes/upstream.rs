@@ -50,7 +50,7 @@ fn describe(service: &str, request: &Request) -> String {
 /// Starts a service; returns its port.
 ///
 /// The request's header `x-do` says what it does: a step for each request of the same `x-id`, `,` between them, the last for all
-/// further ones. A step is a status (after 101 whatever comes is sent back in capitals, up to `bye`), `reset` (closes without an answer) or `hang` (answers after five seconds), and may be
+/// further ones. A step is a status (after 101, which takes no word but `delay`, whatever comes is sent back in capitals, up to `bye`), `reset` (closes without an answer) or `hang` (answers after five seconds), and may be
 /// followed by `+name=value` for response headers, of which `interim` (a response with that status, before the response), `delay` (milliseconds), `bytes` (a body of so many), `frames` (of gRPC, so many), and
 /// `gzip`, `br` and `zstd` (a body that is compressed, of so many), and `cut` (closes in the middle of a body: `length` or `chunk`) are told to the service. `x-do-a` is for the service `a` alone.
 pub fn start(name: &'static str, seen: Arc<Seen>) -> Result<u16> {
@@ -67,6 +67,8 @@ fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
         let mut words = steps[before.min(steps.len() - 1)].split('+');
         let what = words.next().unwrap_or_default();
         if what == "101" {
+            let delay = words.find_map(|word| word.strip_prefix("delay=")?.parse().ok());
+            thread::sleep(Duration::from_millis(delay.unwrap_or_default()));
             return echo(&mut reader, stream);
         }
         if what == "reset" {

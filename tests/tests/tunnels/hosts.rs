@@ -3,12 +3,17 @@
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use culvert_tests::server;
 
 use super::shown;
+
+/// How long a host takes that is asked to be `late`.
+const LATE: Duration = Duration::from_millis(1200);
 
 /// The requests that hosts have seen.
 #[derive(Default)]
@@ -37,7 +42,7 @@ pub fn tcp() -> Result<u16> {
     server::start(|stream| echo(stream.try_clone()?, stream))
 }
 
-/// Agrees to tunnels and upgrades, unless `x-do` says otherwise, and says everything again.
+/// Agrees to tunnels and upgrades, unless `x-do` says otherwise (a status, or `late`), and says everything again.
 pub fn http1(seen: &Arc<Seen>) -> Result<u16> {
     let seen = Arc::clone(seen);
     server::start(move |stream| {
@@ -62,7 +67,10 @@ pub fn http1(seen: &Arc<Seen>) -> Result<u16> {
         fields.sort();
         seen.add(format!("{request}\n    {}", fields.join("\n    ")));
         let refused = request.contains("refused") || lines.iter().any(|line| line.contains("refused"));
-        let status = wanted.unwrap_or(
+        if wanted.as_deref() == Some("late") {
+            thread::sleep(LATE);
+        }
+        let status = wanted.filter(|wanted| wanted != "late").unwrap_or(
             if refused {
                 "403"
             } else if upgrade {
@@ -130,9 +138,15 @@ async fn serve(stream: tokio::net::TcpStream, seen: Arc<Seen>) -> Result<()> {
         let protocol = parts.extensions.get::<h2::ext::Protocol>().map(|protocol| protocol.as_str().to_owned());
         seen.add(format!("{} {} {protocol:?}\n    {}", parts.method, parts.uri, fields.join("\n    ")));
         let refused = parts.uri.to_string().contains("refused");
-        let status = header("x-do").unwrap_or(if refused { "403" } else { "200" }.to_owned());
-        let tunnel = status != "403" && (parts.method != http::Method::GET);
+        let wanted = header("x-do");
+        let late = wanted.as_deref() == Some("late");
+        let wanted = wanted.filter(|_| !late);
+        let status = wanted.unwrap_or(if refused { "403" } else { "200" }.to_owned());
+        let tunnel = status.starts_with('2') && (parts.method != http::Method::GET);
         tokio::spawn(async move {
+            if late {
+                tokio::time::sleep(LATE).await;
+            }
             let response = http::Response::builder().status(status.as_str()).header("x-up", "1").body(())?;
             let mut stream = respond.send_response(response, false)?;
             if !tunnel {

@@ -50,6 +50,20 @@ const ROUTES: &str = r#"
   route: {cluster: tcp}
 - match: {connect_matcher: {}, headers: [{name: ":authority", string_match: {prefix: direct}}]}
   direct_response: {status: 418}
+- match: {connect_matcher: {}, headers: [{name: ":authority", string_match: {prefix: hedged-end}}]}
+  route: {cluster: tcp, $hedged, upgrade_configs: [{upgrade_type: CONNECT, connect_config: {}}]}
+- match: {connect_matcher: {}, headers: [{name: ":authority", string_match: {prefix: hedged-dead}}]}
+  route: {cluster: dead, $hedged, upgrade_configs: [{upgrade_type: CONNECT, connect_config: {}}]}
+- match: {connect_matcher: {}, headers: [{name: ":authority", string_match: {prefix: hedged-one}}]}
+  route: {cluster: http1, $hedged, upgrade_configs: [{upgrade_type: CONNECT}]}
+- match: {connect_matcher: {}, headers: [{name: ":authority", string_match: {prefix: hedged-two}}]}
+  route: {cluster: http2, $hedged, upgrade_configs: [{upgrade_type: CONNECT}]}
+- match: {prefix: /hedged-post}
+  route: {cluster: tcp, $hedged, upgrade_configs: [{upgrade_type: CONNECT, connect_config: {allow_post: true}}]}
+- match: {prefix: /hedged-one}
+  route: {cluster: http1, $hedged, upgrade_configs: [{upgrade_type: websocket}]}
+- match: {prefix: /hedged-two}
+  route: {cluster: http2, $hedged, upgrade_configs: [{upgrade_type: websocket}]}
 - match: {prefix: /post}
   route: {cluster: tcp, upgrade_configs: [{upgrade_type: CONNECT, connect_config: {allow_post: true}}]}
 - match: {prefix: /one}
@@ -59,6 +73,10 @@ const ROUTES: &str = r#"
 - match: {prefix: /}
   route: {cluster: http1}
 "#;
+
+/// A further attempt beside each that takes longer than that, and after each that fails.
+const HEDGED: &str = "hedge_policy: {hedge_on_per_try_timeout: true}, retry_policy: {retry_on: 5xx, num_retries: 2, \
+                      per_try_timeout: 0.3s, retry_back_off: {base_interval: 0.001s}}";
 
 struct Stage {
     seen: Arc<Seen>,
@@ -117,7 +135,8 @@ fn cluster(name: &str, port: u16) -> String {
 
 /// Connection managers, and TCP proxies that put what they get into tunnels.
 fn listeners_of() -> Vec<(&'static str, String)> {
-    let routes: String = ROUTES.trim().lines().map(|line| format!("              {line}\n")).collect();
+    let routes: String =
+        ROUTES.replace("$hedged", HEDGED).trim().lines().map(|line| format!("              {line}\n")).collect();
     let manager = format!(
         r#"      - name: envoy.filters.network.http_connection_manager
         typed_config:
@@ -245,6 +264,34 @@ fn websockets_pass_between_all_versions() -> Result<()> {
     }
     compare(&["http"], &asks)
 }
+
+/// No attempt at CONNECT is late, since the request goes on: only one of WebSocket is. Those that fail are followed by others.
+#[test]
+fn tunnels_over_hedged_routes_are_envoys() -> Result<()> {
+    let mut asks = Vec::new();
+    for authority in ["hedged-end:80", "hedged-dead:80", "hedged-one:80", "hedged-two:80"] {
+        // Where a tunnel ends at the proxy its host knows of no requests.
+        let does: &[&str] = if authority.contains("-end") || authority.contains("-dead") { &[""] } else { &DOES };
+        for does in does {
+            let headers: &[_] = if does.is_empty() { &[] } else { &[("x-do", *does)] };
+            asks.push(Ask::http1("CONNECT", authority, headers, &["hello", "again"]));
+            let ask = Ask::http2("CONNECT", authority, "", headers, &["hello", "again"]);
+            asks.push(if authority == "hedged-one:80" && !does.contains("503") { ask.broken_off() } else { ask });
+        }
+    }
+    asks.push(Ask::http2("POST", "a", "/hedged-post", &[], &["hello", "again"]));
+    for path in ["/hedged-one", "/hedged-two"] {
+        for does in DOES {
+            let headers: &[_] = if does.is_empty() { &[] } else { &[("x-do", does)] };
+            asks.push(Ask::http1("websocket", "a", headers, &["hello", "again"]).at(path));
+            asks.push(Ask::http2("websocket", "a", path, headers, &["hello", "again"]));
+        }
+    }
+    compare(&["http"], &asks)
+}
+
+/// What hosts are told to do.
+const DOES: [&str; 3] = ["", "late", "503"];
 
 #[test]
 fn tcp_passes_in_tunnels() -> Result<()> {
