@@ -32,7 +32,7 @@ use crate::{
     access_log::ResponseFlags,
     config::model::{ForwardAction, MetadataMatch},
     tls::PeerName,
-    upstream::{Chosen, Connection, PickCx, Resource, Wanted, WorkerCluster},
+    upstream::{Chosen, Connection, PickCx, Resource, Seen, Wanted, WorkerCluster},
 };
 
 /// What all attempts at one request have in common.
