@@ -233,6 +233,28 @@ async fn who_is_too_far_back_reads_all_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_restored_from_a_copy_is_read_anew() {
+    let mut api = with_users().await;
+    api.put(SLICES, slice("orders", &["10.1.0.9"]));
+    let copy = api.version();
+    let mut watched = Watched::of(&api);
+    watched.until_endpoints(&["9", "1", "2"]).await;
+    for last in 3..9 {
+        api.put(SLICES, slice("users", &[&format!("10.1.0.{last}")]));
+    }
+    api.delete(SLICES, "default", "orders-1");
+    watched.until_endpoints(&["8"]).await;
+    api.down();
+    api.restore(copy);
+    api.up().await;
+    watched.until_endpoints(&["9", "1", "2"]).await;
+    // Before it is as far as it was.
+    api.put(SLICES, slice("users", &["10.1.0.7"]));
+    assert!(api.version() < copy + 7);
+    watched.until_endpoints(&["9", "7"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_is_away_leaves_its_objects_which_are_stale() {
     let mut api = with_users().await;
     let mut watched = Watched::of(&api);

@@ -320,8 +320,13 @@ impl<O: Objects> Watch<O> {
         self.follow_lines(lines).await
     }
 
-    /// Follows changes from a version on.
+    /// Follows changes from a version on, unless the server is not that far: one that was restored from a copy takes versions that it
+    /// has lost for future ones, and has the watch wait for them.
     async fn follow(&mut self, version: &str) -> Result<(), Broken> {
+        let now = self.version_now().await?;
+        if is_before(now.as_deref(), version) {
+            return Err(Broken::Gone);
+        }
         let version = utf8_percent_encode(version, NON_ALPHANUMERIC);
         let response = self.access.get(&self.watch_path(&format!("resourceVersion={version}"))).await?;
         self.follow_lines(Lines::new(response.into_body())).await
@@ -372,16 +377,25 @@ impl<O: Objects> Watch<O> {
     /// Asks whether a server that says nothing is there at all: a watch on a machine that hangs looks like one
     /// without news.
     async fn probe(&mut self) -> Result<(), Broken> {
-        let asked = async { read_page(self.access.get(&self.path("limit=1")).await?.into_body()).await };
-        match timeout(PROBE_TIMEOUT, asked).await {
-            Ok(Ok(_)) => {
-                self.works();
-                Ok(())
-            }
-            Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(Broken::Failed(RequestError::Timeout(PROBE_TIMEOUT))),
-        }
+        self.version_now().await?;
+        self.works();
+        Ok(())
     }
+
+    /// The version that the server has now; `None` where it does not say.
+    async fn version_now(&self) -> Result<Option<String>, Broken> {
+        let asked = async { read_page(self.access.get(&self.path("limit=1")).await?.into_body()).await };
+        let text =
+            timeout(PROBE_TIMEOUT, asked).await.map_err(|_| Broken::Failed(RequestError::Timeout(PROBE_TIMEOUT)))??;
+        // That it is a list of what was asked for does not matter here.
+        Ok(serde_json::from_slice::<Page<'_>>(&text).ok().and_then(|page| page.metadata.resource_version))
+    }
+}
+
+/// Whether a version is an earlier one. Those of Kubernetes' own API servers are numbers; of others nothing is known.
+fn is_before(version: Option<&str>, other: &str) -> bool {
+    let number = |version: &str| version.parse::<u128>().ok();
+    version.and_then(number).zip(number(other)).is_some_and(|(version, other)| version < other)
 }
 
 fn nonsense(text: String) -> Broken {

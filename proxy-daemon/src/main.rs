@@ -301,6 +301,9 @@ async fn run(
     }
     state.set(ServerState::Live);
     stats::gauge("server.live").set(1);
+    for fault in plane.interception_faults() {
+        tracing::warn!(fault, "interception is not ready");
+    }
     if store.is_answered() && !store.is_in_force() {
         tracing::warn!(
             workers = flags.workers(),

@@ -132,10 +132,11 @@ fn interception_that_cannot_work() -> Result<()> {
     };
     let error = error_of(&with("    interfaces: [\"veth*\"]\n    pods: [{address: 10.0.0.300}]\n"), &[])?;
     assert_names(&error, &["pods[0].address", "10.0.0.300"]);
-    let error = error_of(
-        &with("    interfaces: [\"veth*\"]\n    pods: [{address: 10.0.0.3}]\n    shortcut_cgroup: /no/such/cgroup\n"),
-        &[],
-    )?;
+    let error = error_of(&with("    interfaces: [\"veth*\"]\n    pods: [{address: 10.0.0.3}]\n"), &[])?;
+    assert_names(&error, &["outbound_listener", "there is no listener `outbound`"]);
+    let fields =
+        "    interfaces: [\"veth*\"]\n    outbound_listener: http_10000\n    shortcut_cgroup: /no/such/cgroup\n";
+    let error = error_of(&with(fields), &[])?;
     assert_names(&error, &["shortcut_cgroup", "/no/such/cgroup"]);
     Ok(())
 }

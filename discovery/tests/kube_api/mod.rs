@@ -221,6 +221,27 @@ impl KubeApi {
         world.log.clear();
     }
 
+    /// Loses all changes since a version, as a server whose storage was restored from a copy; its objects are those that are left.
+    pub fn restore(&self, version: u64) {
+        let mut world = self.world.lock().unwrap();
+        world.log.retain(|(of, ..)| *of <= version);
+        let mut objects: BTreeMap<&'static str, BTreeMap<Key, Value>> = BTreeMap::new();
+        for (_, resource, kind, object) in &world.log {
+            let objects = objects.entry(resource).or_default();
+            match *kind {
+                "DELETED" => objects.remove(&key_of(object)),
+                _ => objects.insert(key_of(object), object.clone()),
+            };
+        }
+        (world.version, world.objects) = (version, objects);
+        world.lists.clear();
+    }
+
+    /// The version now.
+    pub fn version(&self) -> u64 {
+        self.world.lock().unwrap().version
+    }
+
     /// Counts the version up, as changes of other resources do.
     pub fn pass(&self) {
         self.world.lock().unwrap().version += 1;

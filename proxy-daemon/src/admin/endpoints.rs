@@ -12,7 +12,7 @@ use super::{
     request::{Parameters, Reply},
     stats, version,
 };
-use crate::{access_log, intercept::Interception};
+use crate::access_log;
 
 /// One path.
 struct Endpoint {
@@ -224,7 +224,7 @@ const ENDPOINTS: &[Endpoint] = &[
         parameters: &[],
         mutates: false,
         run: |state, _| match state.state.get() {
-            ServerState::Live => match state.data_plane.with_interception(Interception::faults).unwrap_or_default() {
+            ServerState::Live => match state.data_plane.interception_faults() {
                 faults if faults.is_empty() => Reply::text("LIVE\n"),
                 faults => Reply::error(StatusCode::SERVICE_UNAVAILABLE, format!("LIVE\n{}\n", faults.join("\n"))),
             },

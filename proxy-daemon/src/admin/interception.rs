@@ -14,10 +14,11 @@ use crate::intercept::{InterceptError, Interception};
 const NONE: &str = "this daemon intercepts nothing: its bootstrap has no extension culvert.bootstrap.interception\n";
 
 pub(super) fn pods(state: &AdminState, _: &Parameters) -> Reply {
+    let not_ready = state.data_plane.interception_faults();
     let all = |interception: &Interception| {
         json!({
             "pods": interception.pods(),
-            "not_ready": interception.faults(),
+            "not_ready": not_ready,
             "acceleration": interception.acceleration(),
         })
     };

@@ -301,6 +301,15 @@ impl InterceptionConfig {
         Ok(self)
     }
 
+    /// The listeners that connections are redirected to: the field that names each, and its name.
+    pub(crate) fn listeners(&self) -> Vec<(&'static str, &str)> {
+        let of_pods = |direction| !self.interfaces.is_empty() && self.redirects(direction);
+        let outbound =
+            (of_pods(OUTBOUND) || self.host.is_some()).then_some(("outbound_listener", &*self.outbound_listener));
+        let inbound = of_pods(INBOUND).then_some(("inbound_listener", &*self.inbound_listener));
+        outbound.into_iter().chain(inbound).collect()
+    }
+
     /// Whether any pod may have connections that go this way.
     pub(super) fn redirects(&self, direction: u32) -> bool {
         let selectors = self.enrolment.iter().flat_map(|enrolment| &enrolment.selectors);

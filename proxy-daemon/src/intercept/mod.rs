@@ -282,6 +282,12 @@ impl Interception {
         self.lock().faults()
     }
 
+    /// The listeners that connections are redirected to: the field of the configuration that names each, and its name.
+    pub fn listeners(&self) -> Vec<(&'static str, String)> {
+        let state = self.lock();
+        state.config.listeners().into_iter().map(|(field, name)| (field, name.to_owned())).collect()
+    }
+
     /// Enrols a pod by command; a restart keeps it, as long as its interface stays. An earlier command for one of the
     /// addresses is forgotten. What is not said is as configured.
     pub fn enrol(

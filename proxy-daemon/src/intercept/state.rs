@@ -90,6 +90,8 @@ pub(super) struct State {
     ends: bool,
     /// Why the rule or the route that others removed is not there again.
     routing_fault: Option<String>,
+    /// Why what comes back from elsewhere does not reach this daemon.
+    uplink_fault: Option<String>,
     /// The directions whose listeners are there.
     listening: u32,
     /// Has the thread that follows the node look at this.
@@ -156,6 +158,7 @@ impl State {
             was_followed: false,
             ends: false,
             routing_fault: None,
+            uplink_fault: None,
             listening: 0,
             wake: Arc::new(wake),
         })
@@ -323,6 +326,7 @@ impl State {
         }
         errors.extend(self.look_after_successor().err());
         errors.extend(self.keep_routing());
+        self.look_at_uplinks();
         if self.waits.is_some_and(|until| Instant::now() >= until) && !self.ends {
             tracing::error!("the listeners for redirected connections do not come: failure policies are in force");
             errors.extend(self.take_over().err());
@@ -390,7 +394,7 @@ impl State {
 
     pub(super) fn faults(&self) -> Vec<String> {
         let unattached = self.unattached.values().chain(self.hooks.iter().flat_map(Hooks::faults)).cloned();
-        let of_node = self.source_fault.iter().chain(&self.routing_fault).cloned();
+        let of_node = self.source_fault.iter().chain(&self.routing_fault).chain(&self.uplink_fault).cloned();
         of_node.chain(self.pods.faults()).chain(unattached).collect()
     }
 

@@ -352,6 +352,21 @@ impl DataPlane {
         tokio::time::sleep(UNDER_WAY).await;
     }
 
+    /// Why the node is not ready: what interception says, and listeners of its that there are not.
+    pub fn interception_faults(&self) -> Vec<String> {
+        let of = |interception: &Interception| (interception.faults(), interception.listeners());
+        let Some((mut faults, listeners)) = self.with_interception(of) else { return Vec::new() };
+        let running = lock(&self.0.listeners);
+        let missing = listeners.into_iter().filter(|(_, name)| !running.contains_key(&**name));
+        faults.extend(missing.map(|(field, name)| {
+            format!(
+                "{field}: there is no listener `{name}`: connections that it should get pass the daemon by, or are \
+                 refused, as their pods' failure_policy says"
+            )
+        }));
+        faults
+    }
+
     /// Stops the workers, writes out their logs, and takes the kernel programs down.
     pub fn stop(&self) {
         lock(&self.0.workers).clear();

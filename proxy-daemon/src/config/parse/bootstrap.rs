@@ -186,6 +186,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     let outlier_log = outlier.map(|config| PathBuf::from(&config.event_log_path));
     let bind = message.cluster_manager.as_ref().and_then(|manager| manager.upstream_bind_config.as_ref());
     let bind = bind.map(|bind| upstream_bind(bind, "cluster_manager.upstream_bind_config")).transpose()?;
+    let interception = interception(message, lds.is_none().then_some(&*listeners))?;
     Ok(Bootstrap {
         bind: bind.map(Arc::new),
         local,
@@ -202,7 +203,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         lds,
         lds_collection,
         runtime,
-        interception: extensions(message)?,
+        interception,
         resolver: dns::of_bootstrap(message)?,
         warnings,
     })
@@ -441,7 +442,8 @@ fn static_sources(listeners: &[Listener], clusters: &[ClusterConfig], sources: &
     Ok(())
 }
 
-fn extensions(message: &ProtoBootstrap) -> Result<Option<InterceptionConfig>> {
+/// `listeners`: all that there are, where no more can come.
+fn interception(message: &ProtoBootstrap, listeners: Option<&[Listener]>) -> Result<Option<InterceptionConfig>> {
     let node = message.node.as_ref().map(|node| node.id.clone()).unwrap_or_default();
     let mut found = None;
     for (index, extension) in message.bootstrap_extensions.iter().enumerate() {
@@ -455,7 +457,15 @@ fn extensions(message: &ProtoBootstrap) -> Result<Option<InterceptionConfig>> {
         }
         let message = unpack(config, &path)?;
         let checked = InterceptionConfig::from_proto(&message).and_then(|config| config.on_node(&node));
-        found = Some(checked.map_err(|(field, message)| FieldError::new(join(&path, &field), message))?);
+        let config = checked.map_err(|(field, message)| FieldError::new(join(&path, &field), message))?;
+        for (field, name) in config.listeners() {
+            if listeners.is_some_and(|listeners| listeners.iter().all(|listener| *listener.name != *name)) {
+                let text =
+                    format!("there is no listener `{name}`, and no `dynamic_resources.lds_config` that may bring one");
+                return Err(FieldError::new(join(&path, field), text));
+            }
+        }
+        found = Some(config);
     }
     Ok(found)
 }

@@ -335,7 +335,7 @@ fn bootstraps_that_cannot_be_honoured_are_named() {
 fn interception_is_checked() {
     let yaml = |fields: &str| {
         format!(
-            "bootstrap_extensions: [{{ name: culvert.bootstrap.interception, typed_config: {{ '@type': type.googleapis.com/culvert.extensions.bootstrap.interception.v1.Interception, {fields} }} }}]"
+            "dynamic_resources: {{ lds_config: {{ path_config_source: {{ path: /dev/null }} }} }}\nbootstrap_extensions: [{{ name: culvert.bootstrap.interception, typed_config: {{ '@type': type.googleapis.com/culvert.extensions.bootstrap.interception.v1.Interception, {fields} }} }}]"
         )
     };
     let config =
@@ -356,6 +356,21 @@ fn interception_is_checked() {
         ("interfaces: [a], enrolment: { pod_manifests: /pods }", "enrolment.selectors: "),
     ] {
         let error = load(&yaml(fields)).unwrap_err();
+        assert!(error.starts_with(&format!("{at}.{expected}")), "{error}");
+    }
+    // Without a source of listeners those that there are have to do.
+    let static_ones = |fields: &str| {
+        let listener =
+            |name: &str| format!("{{name: {name}, address: {{socket_address: {{address: '::', port_value: 1}}}}}}");
+        let listeners = format!("static_resources: {{listeners: [{}, {}]}}\n", listener("outbound"), listener("in"));
+        listeners + yaml(&format!("interfaces: [a], {fields}")).split_once('\n').unwrap().1
+    };
+    assert!(load(&static_ones("direction: BOTH, inbound_listener: in")).is_ok());
+    for (fields, expected) in [
+        ("direction: BOTH", "inbound_listener: there is no listener `inbound`, and no "),
+        ("outbound_listener: out", "outbound_listener: there is no listener `out`, and no "),
+    ] {
+        let error = load(&static_ones(fields)).unwrap_err();
         assert!(error.starts_with(&format!("{at}.{expected}")), "{error}");
     }
 }

@@ -1,6 +1,7 @@
 //! The node's interfaces, addresses and routing.
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::State;
 use crate::intercept::attach::{self, Attachment, Direction, Method};
@@ -8,6 +9,10 @@ use crate::intercept::config::{InterceptionConfig, glob_matches};
 use crate::intercept::error::InterceptError;
 use crate::intercept::netlink::Link;
 use crate::intercept::{kernel, node_addresses, probe};
+
+/// Addresses of nobody (RFC 5737, RFC 3849): only a default route leads there.
+const ELSEWHERE: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
 
 impl State {
     /// Makes marked packets be delivered to this host. A host without IPv6 goes without it.
@@ -61,6 +66,32 @@ impl State {
         let fault = failed.as_ref().map(ToString::to_string);
         let known = std::mem::replace(&mut self.routing_fault, fault);
         failed.filter(|_| self.routing_fault != known)
+    }
+
+    /// What comes back from elsewhere has to be steered where it comes in. Where no uplink has the program, and what goes elsewhere leaves by
+    /// an interface without one, that is a fault: a misspelt or renamed interface would otherwise cost pods all that is not on the node.
+    pub(super) fn look_at_uplinks(&mut self) {
+        let attached = self.attachments.values().any(|attachment| attachment.direction == Direction::Inbound);
+        let fault = match attached || self.waits.is_some() || self.config.interfaces.is_empty() || self.is_followed() {
+            true => None,
+            false => ELSEWHERE.into_iter().find_map(|address| {
+                let index = self.netlink.route_to(address).ok()??;
+                let leaves = !self.attachments.contains_key(&index) && index != self.loopback;
+                let name = nix::net::if_::if_indextoname(index).ok().filter(|_| leaves)?;
+                let name = name.to_string_lossy();
+                Some(format!(
+                    "uplinks: the default route leads over {name}, and none of {:?} is there: answers from elsewhere do not \
+                     reach the daemon; name {name} in interception.uplinks",
+                    self.config.uplinks
+                ))
+            }),
+        };
+        if fault != self.uplink_fault {
+            if let Some(fault) = &fault {
+                tracing::warn!("{fault}");
+            }
+            self.uplink_fault = fault;
+        }
     }
 
     /// Attaches to, leaves alone, or detaches from an interface, as its name asks for.
