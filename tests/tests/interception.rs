@@ -246,6 +246,29 @@ fn a_pod_that_calls_its_own_service_gets_there() -> Result<()> {
     Ok(())
 }
 
+/// Its name may be misspelt, or discovery may have taken it away.
+#[test]
+fn a_listener_that_there_is_not_keeps_the_node_from_being_ready() -> Result<()> {
+    let stage = Stage::new("no-listener")?;
+    let fields = format!("{}    outbound_listener: other\n", stage.by_address());
+    let bootstrap = stage.bootstrap(&fields, stage.far.ipv4())?;
+    let listeners = stage.lab.dir().join("lds.yaml");
+    fs::write(&listeners, "resources: []\n")?;
+    let source = format!("{{lds_config: {{path_config_source: {{path: {}}}}}}}", listeners.display());
+    let yaml = fs::read_to_string(&bootstrap)?;
+    fs::write(&bootstrap, format!("dynamic_resources: {source}\n{yaml}"))?;
+    let mut daemon = stage.daemon(&bootstrap, &[])?;
+    let said = "outbound_listener: there is no listener `other`";
+    wait_until(DEADLINE, "/ready to say what is missing", || {
+        daemon.check_running()?;
+        let answer = format!("{:#}", stage.ready().err().context("it is ready")?);
+        ensure!(answer.contains("503") && answer.contains(said), "{answer}");
+        Ok(())
+    })?;
+    assert!(daemon.stderr().contains(said), "{}", daemon.stderr());
+    Ok(())
+}
+
 /// A service of a program in the node's own network, as the API server of a cluster often is: it cannot answer the pod's address by way
 /// of the daemon, and is called in the node's name.
 #[test]

@@ -360,12 +360,17 @@ fn interception_is_checked() {
     }
     // Without a source of listeners those that there are have to do.
     let static_ones = |fields: &str| {
-        let listener =
-            |name: &str| format!("{{name: {name}, address: {{socket_address: {{address: '::', port_value: 1}}}}}}");
+        let listener = |name: &str| {
+            format!(
+                "{{name: {name}, address: {{socket_address: {{address: '::', port_value: 1}}}}, filter_chains: [{{filters: [{{name: t, \
+                 typed_config: {{'@type': type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy, \
+                 stat_prefix: t, cluster: c}}}}]}}]}}"
+            )
+        };
         let listeners = format!("static_resources: {{listeners: [{}, {}]}}\n", listener("outbound"), listener("in"));
         listeners + yaml(&format!("interfaces: [a], {fields}")).split_once('\n').unwrap().1
     };
-    assert!(load(&static_ones("direction: BOTH, inbound_listener: in")).is_ok());
+    load(&static_ones("direction: BOTH, inbound_listener: in")).unwrap();
     for (fields, expected) in [
         ("direction: BOTH", "inbound_listener: there is no listener `inbound`, and no "),
         ("outbound_listener: out", "outbound_listener: there is no listener `out`, and no "),
