@@ -1,4 +1,5 @@
-//! A client of HTTP/2 that breaks off its upload: no host is blamed for that, with culvertd and with the real Envoy on the same bootstrap.
+//! Clients and hosts that break off, with culvertd and with the real Envoy on the same bootstrap: no host is blamed for a client of HTTP/2
+//! that leaves its upload, and resets of TCP connections go through.
 
 use std::io::Read as _;
 use std::sync::mpsc::{Receiver, channel};
@@ -156,6 +157,49 @@ fn seen(kind: Kind, leaves: Leaves, when: When) -> Result<Vec<String>> {
 fn beside_envoy(leaves: Leaves, when: When) -> Result<()> {
     let (envoy, culvert) = (seen(Kind::Envoy, leaves, when)?, seen(Kind::Culvert, leaves, when)?);
     assert_eq!(culvert, envoy, "{leaves:?}, {when:?}");
+    Ok(())
+}
+
+/// What the other end of a TCP proxy sees of an end that resets its connection after some bytes: what is cut off must not look whole.
+fn reset_through(kind: Kind, by_host: bool) -> Result<String> {
+    /// Reads until the end, whatever that is.
+    fn seen(mut stream: &std::net::TcpStream) -> String {
+        let mut got = Vec::new();
+        let end = stream.read_to_end(&mut got).map(|_| ()).map_err(|error| error.kind());
+        format!("{:?} {end:?}", String::from_utf8_lossy(&got))
+    }
+    fn reset_after(mut stream: std::net::TcpStream, go: &Receiver<()>) -> Result<()> {
+        std::io::Write::write_all(&mut stream, b"part")?;
+        go.recv_timeout(DEADLINE).context("the other end has not got anything")?;
+        socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+        Ok(())
+    }
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let port = free_port()?;
+    let yaml = Bootstrap::new().tcp(port, "app").cluster("app", &[listener.local_addr()?.port()], &[]).yaml();
+    let _daemon = Daemon::start(kind, &yaml)?;
+    let client = std::net::TcpStream::connect(("127.0.0.1", port))?;
+    let (host, _) = listener.accept()?;
+    let (one, other) = if by_host { (host, client) } else { (client, host) };
+    other.set_read_timeout(Some(DEADLINE))?;
+    let (go, gone) = channel();
+    let resets = std::thread::spawn(move || reset_after(one, &gone));
+    // It has come before the reset does.
+    let mut first = [0; 4];
+    ensure!(other.peek(&mut first)? > 0, "nothing came");
+    go.send(())?;
+    let seen = seen(&other);
+    resets.join().map_err(|_| anyhow::anyhow!("the end that resets panicked"))??;
+    Ok(seen)
+}
+
+#[test]
+fn resets_go_through_a_tcp_proxy() -> Result<()> {
+    for by_host in [true, false] {
+        let [envoy, culvert] = [reset_through(Kind::Envoy, by_host)?, reset_through(Kind::Culvert, by_host)?];
+        assert_eq!(envoy, "\"part\" Err(ConnectionReset)", "by the host: {by_host}");
+        assert_eq!(culvert, envoy, "by the host: {by_host}");
+    }
     Ok(())
 }
 

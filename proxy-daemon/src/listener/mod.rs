@@ -21,7 +21,7 @@ use tokio_rustls::server::TlsStream;
 pub use prints::Prints;
 pub use sockets::{BoundAddress, Intercepted, bind};
 pub use stream::DownstreamStream;
-pub(crate) use stream::eof;
+pub(crate) use stream::{eof, reset_on_close};
 pub use tls_inspector::fuzz as fuzz_client_hello;
 
 use self::{

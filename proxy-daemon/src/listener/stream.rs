@@ -29,6 +29,14 @@ impl DownstreamStream {
         matches!(self, DownstreamStream::Plain(_))
     }
 
+    /// Has the client's connection end with a reset.
+    pub(crate) fn reset_on_close(&self) {
+        match self {
+            DownstreamStream::Plain(stream) => reset_on_close(stream),
+            DownstreamStream::Tls(stream) => stream.get_ref().0.reset_on_close(),
+        }
+    }
+
     /// The protocol that the handshake chose.
     pub fn alpn(&self) -> Option<&[u8]> {
         match self {
@@ -44,6 +52,14 @@ impl AsyncRead for DownstreamStream {
             DownstreamStream::Plain(stream) => lanes::poll_read(stream, cx, buf),
             DownstreamStream::Tls(stream) => Pin::new(stream).poll_read(cx, buf).map(eof),
         }
+    }
+}
+
+/// Has a connection end with a reset: its peer is told that what it has got may not be all.
+pub(crate) fn reset_on_close(stream: &TcpStream) {
+    if let Err(error) = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO)) {
+        // It is gone already.
+        tracing::debug!(%error, "a connection cannot be reset");
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     cell::Cell,
+    io,
     pin::Pin,
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -44,6 +45,8 @@ pub(super) struct Relay {
     sleep: Option<Pin<Box<tokio::time::Sleep>>>,
     /// The client had closed its side before the host did.
     pub(super) host_was_last: bool,
+    /// The side that broke has reset its connection.
+    pub(super) was_reset: bool,
 }
 
 impl Relay {
@@ -56,6 +59,7 @@ impl Relay {
             last_activity: Cell::new(Instant::now()),
             sleep: None,
             host_was_last: false,
+            was_reset: false,
         }
     }
 
@@ -71,15 +75,17 @@ impl Relay {
         if before != self.up.bytes + self.down.bytes {
             self.last_activity.set(Instant::now());
         }
-        match (up, down) {
-            (Poll::Ready(Err(Broken::Reading)), _) | (_, Poll::Ready(Err(Broken::Writing))) => {
-                return Poll::Ready(Ended::Downstream);
-            }
-            (Poll::Ready(Err(Broken::Writing)), _) | (_, Poll::Ready(Err(Broken::Reading))) => {
-                return Poll::Ready(Ended::Upstream);
-            }
+        let broken = match (up, down) {
+            (Poll::Ready(Err(Broken { side: Side::Read, reset })), _)
+            | (_, Poll::Ready(Err(Broken { side: Side::Written, reset }))) => Some((Ended::Downstream, reset)),
+            (Poll::Ready(Err(Broken { side: Side::Written, reset })), _)
+            | (_, Poll::Ready(Err(Broken { side: Side::Read, reset }))) => Some((Ended::Upstream, reset)),
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(Ended::Whole),
-            _ => {}
+            _ => None,
+        };
+        if let Some((ended, reset)) = broken {
+            self.was_reset = reset;
+            return Poll::Ready(ended);
         }
         if let Some(joined) = &mut self.joined {
             if self.up.is_empty() {
@@ -118,11 +124,25 @@ impl Relay {
     }
 }
 
-/// Which side of a pipe broke.
+/// A side of a pipe: the one that is read, or the one that is written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Broken {
-    Reading,
-    Writing,
+enum Side {
+    Read,
+    Written,
+}
+
+/// A side of a pipe broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Broken {
+    side: Side,
+    /// By a reset.
+    reset: bool,
+}
+
+impl Broken {
+    fn new(side: Side, error: &io::Error) -> Broken {
+        Broken { side, reset: error.kind() == io::ErrorKind::ConnectionReset }
+    }
 }
 
 /// One direction: a buffer that is filled from one side and emptied into the other.
@@ -155,7 +175,8 @@ impl Pipe {
             while self.start < self.end {
                 let chunk = &self.buffer[self.start..self.end];
                 match Pin::new(&mut *to).poll_write(cx, chunk) {
-                    Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Writing)),
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Err(Broken { side: Side::Written, reset: false })),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(Broken::new(Side::Written, &error))),
                     Poll::Ready(Ok(written)) => {
                         self.start += written;
                         self.bytes += written as u64;
@@ -168,7 +189,7 @@ impl Pipe {
             if self.unflushed {
                 match Pin::new(&mut *to).poll_flush(cx) {
                     Poll::Ready(Ok(())) => self.unflushed = false,
-                    Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Writing)),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(Broken::new(Side::Written, &error))),
                     Poll::Pending => return Poll::Pending,
                 }
             }
@@ -188,7 +209,7 @@ impl Pipe {
             let mut space = ReadBuf::new(&mut self.buffer);
             match Pin::new(&mut *from).poll_read(cx, &mut space) {
                 Poll::Pending => return Poll::Pending,
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Reading)),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(Broken::new(Side::Read, &error))),
                 Poll::Ready(Ok(())) => {
                     (self.start, self.end) = (0, space.filled().len());
                     self.eof = self.end == 0;

@@ -214,6 +214,13 @@ async fn carry(
         };
         upstream.by_host = ended == Ended::Upstream || ended == Ended::Whole && relay.host_was_last;
         (outcome.received, outcome.sent) = relay.end();
+        if relay.was_reset {
+            // Otherwise what was cut off would look whole.
+            match ended {
+                Ended::Upstream => downstream.reset_on_close(),
+                _ => upstream.stream.reset_on_close(),
+            }
+        }
         Some(ended)
     } else {
         None

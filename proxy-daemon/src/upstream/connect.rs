@@ -393,6 +393,16 @@ impl UpstreamStream {
         }
     }
 
+    /// Has the host's connection end with a reset.
+    pub(crate) fn reset_on_close(&self) {
+        match self {
+            UpstreamStream::Tcp(stream) => crate::listener::reset_on_close(stream),
+            // They have none.
+            UpstreamStream::Unix(_) => {}
+            UpstreamStream::Tls(stream) => stream.get_ref().0.reset_on_close(),
+        }
+    }
+
     /// The protocol that the TLS handshake chose.
     pub fn alpn(&self) -> Option<&[u8]> {
         match self {
