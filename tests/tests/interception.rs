@@ -246,6 +246,29 @@ fn a_pod_that_calls_its_own_service_gets_there() -> Result<()> {
     Ok(())
 }
 
+/// As of `uplinks: [eth0]` where the interface is called otherwise.
+#[test]
+fn an_uplink_that_is_not_there_keeps_the_node_from_being_ready() -> Result<()> {
+    let stage = Stage::new("no-uplink")?;
+    let bootstrap = stage.bootstrap(&stage.by_address(), stage.far.ipv4())?;
+    let mut daemon = stage.daemon(&bootstrap, &[])?;
+    stage.wait_until_ready(&mut daemon)?;
+    call(&stage.pod, &urls(&stage.far)[0])?;
+    // The lab's nodes have none, and lose it with the interface's name in no case.
+    stage.node.run(&["ip", "route", "replace", "default", "dev", "eth0"])?.success()?;
+    stage.node.run(&["ip", "link", "set", "eth0", "name", "up0"])?.success()?;
+    wait_until(DEADLINE, "/ready to say what is missing", || {
+        daemon.check_running()?;
+        let answer = format!("{:#}", stage.ready().err().context("it is ready")?);
+        ensure!(answer.contains("the default route leads over up0"), "{answer}");
+        Ok(())
+    })?;
+    stage.node.run(&["ip", "link", "set", "up0", "name", "eth0"])?.success()?;
+    stage.wait_until_ready(&mut daemon)?;
+    call(&stage.pod, &urls(&stage.far)[0])?;
+    Ok(())
+}
+
 /// Its name may be misspelt, or discovery may have taken it away.
 #[test]
 fn a_listener_that_there_is_not_keeps_the_node_from_being_ready() -> Result<()> {
