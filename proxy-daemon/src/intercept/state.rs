@@ -328,8 +328,14 @@ impl State {
         errors.extend(self.keep_routing());
         self.look_at_uplinks();
         if self.waits.is_some_and(|until| Instant::now() >= until) && !self.ends {
-            tracing::error!("the listeners for redirected connections do not come: failure policies are in force");
-            errors.extend(self.take_over().err());
+            if self.has_predecessor() {
+                // It serves, and is the better for pods than nobody.
+                self.waits = Some(Instant::now() + PATIENCE);
+                tracing::error!("the listeners for redirected connections do not come: the daemon before this one goes on");
+            } else {
+                tracing::error!("the listeners for redirected connections do not come: failure policies are in force");
+                errors.extend(self.take_over().err());
+            }
         }
         if !self.unattached.is_empty() {
             errors.extend(self.reconcile_all_links().err());
