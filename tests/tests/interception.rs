@@ -279,7 +279,7 @@ fn a_listener_that_there_is_not_keeps_the_node_from_being_ready() -> Result<()> 
     fs::write(&listeners, "resources: []\n")?;
     let source = format!("{{lds_config: {{path_config_source: {{path: {}}}}}}}", listeners.display());
     let yaml = fs::read_to_string(&bootstrap)?;
-    fs::write(&bootstrap, format!("dynamic_resources: {source}\n{yaml}"))?;
+    fs::write(&bootstrap, format!("node: {{id: node-a, cluster: nodes}}\ndynamic_resources: {source}\n{yaml}"))?;
     let mut daemon = stage.daemon(&bootstrap, &[])?;
     let said = "outbound_listener: there is no listener `other`";
     wait_until(DEADLINE, "/ready to say what is missing", || {

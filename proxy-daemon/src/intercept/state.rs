@@ -331,7 +331,9 @@ impl State {
             if self.has_predecessor() {
                 // It serves, and is the better for pods than nobody.
                 self.waits = Some(Instant::now() + PATIENCE);
-                tracing::error!("the listeners for redirected connections do not come: the daemon before this one goes on");
+                tracing::error!(
+                    "the listeners for redirected connections do not come: the daemon before this one goes on"
+                );
             } else {
                 tracing::error!("the listeners for redirected connections do not come: failure policies are in force");
                 errors.extend(self.take_over().err());

@@ -12,10 +12,12 @@
 //! by the short cut is in the same queue), the message may go past the daemon. The way back is always open: what goes
 //! through the daemon arrives later, and a receiver reads what came by TCP after what came by the short cut.
 
+use core::ptr::read_volatile;
+
 use aya_ebpf::bindings::{BPF_F_INGRESS, sk_action::SK_PASS};
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use aya_ebpf::programs::SkMsgContext;
-use culvert_proxy_ebpf::{Hop, Join, Reason};
+use culvert_proxy_ebpf::{Hop, Join, Reason, SocketKey};
 
 use crate::hops::{field, fits, sock_address, waits};
 use crate::maps::{JOINED, JOINS, SOCKETS, count, count_by, pod_counters, sock_layout};
@@ -23,11 +25,8 @@ use crate::maps::{JOINED, JOINS, SOCKETS, count, count_by, pod_counters, sock_la
 /// Sends a pod's message straight to the other pod, if its connection is joined and the order allows it.
 #[inline(always)]
 pub fn redirected(ctx: &SkMsgContext, hop: &mut Hop, size: u32) -> bool {
-    let Some(join) = JOINS.get_ptr(hop.own) else { return false };
-    // SAFETY: a value of the map JOINS, which lives until the end of the program run, and which nobody writes: the daemon
-    // replaces it.
-    let join = unsafe { &*join };
-    match check(hop, join, size) {
+    let Some(join) = join_of(&hop.own) else { return false };
+    match check(hop, &join, size) {
         Ok(()) if SOCKETS.redirect_msg(ctx, join.target, u64::from(BPF_F_INGRESS)) as u32 == SK_PASS => {}
         Ok(()) => {
             count(Reason::JoinedPeerMissing);
@@ -55,6 +54,17 @@ pub fn redirected(ctx: &SkMsgContext, hop: &mut Hop, size: u32) -> bool {
         counters.bytes_received += u64::from(size);
     }
     true
+}
+
+/// What the daemon says of a sender's connection, copied: it replaces entries whenever it has forwarded something, and the memory of one that
+/// was replaced may be another sender's entry at once.
+#[inline(always)]
+fn join_of(sender: &SocketKey) -> Option<Join> {
+    let entry = JOINS.get_ptr(sender)?;
+    // SAFETY: memory of the map JOINS, of which any bytes are a `Join`; volatile because it may be written meanwhile.
+    let join = unsafe { read_volatile(entry) };
+    // What is the sender's still was so while it was read.
+    (JOINS.get_ptr(sender)? == entry).then_some(join)
 }
 
 /// Whether the next bytes keep their order, and the receiver its bounds, past the daemon; else why not.
