@@ -107,6 +107,8 @@ fn clusters(status: &Value) -> Vec<Vec<String>> {
         let source = &cluster["source"];
         let state = if source["stale"] == true {
             "stale".to_owned()
+        } else if cluster["read"] == false {
+            "not read".to_owned()
         } else {
             match list(&source["file_errors"]).len() {
                 0 => "ok".to_owned(),
@@ -218,6 +220,8 @@ fn problems(status: &Value) -> Vec<String> {
                 "its last objects stay in force"
             };
             problems.push(format!("cluster {name}: {error}; {meanwhile}"));
+        } else if cluster["read"] == false {
+            problems.push(format!("cluster {name}: not all of it has been read yet; it is left out"));
         }
         for file in list(&source["file_errors"]) {
             let kept = if file["last_good_in_force"] == true {

@@ -65,7 +65,7 @@ fn tables_show_what_matters() {
 fn what_was_never_read_does_not_stay_in_force() {
     let cluster = |name: &str, read: bool| json!({ "name": name, "read": read, "source": { "error": "refused" } });
     let status = json!({
-        "clusters": [cluster("east", true), cluster("west", false)],
+        "clusters": [cluster("east", true), cluster("west", false), { "name": "slow", "read": false, "source": {} }],
         "client_problems": [{ "node": "n1", "problem": "is a gateway" }],
     });
     assert_eq!(
@@ -73,6 +73,7 @@ fn what_was_never_read_does_not_stay_in_force() {
         [
             "cluster east: refused; its last objects stay in force",
             "cluster west: refused; it has never been read, and is left out",
+            "cluster slow: not all of it has been read yet; it is left out",
             "node n1: is a gateway",
         ]
     );

@@ -456,14 +456,14 @@ async fn a_plugin_is_run_again_when_its_token_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_forbidden_is_named() {
     let api = with_users().await;
-    api.behave(|behaviour| behaviour.no_pods = true);
+    api.behave(|behaviour| behaviour.refused = Some(PODS));
     let mut watched = Watched::of(&api);
     watched.until("the refusal", |cluster| cluster.health.stale).await;
     let Cluster { objects, health, .. } = watched.now();
     assert!(objects.is_none(), "nothing counts before all has been read");
     let error = health.error.unwrap();
     assert!(error.starts_with("Pods: 403 Forbidden: pods is forbidden"), "{error}");
-    api.behave(|behaviour| behaviour.no_pods = false);
+    api.behave(|behaviour| behaviour.refused = None);
     watched.until_endpoints(&["1", "2"]).await;
 }
 
@@ -485,6 +485,24 @@ async fn selectors_and_nodes_are_asked_for() {
     assert_eq!(objects.nodes.values().next().unwrap().region, "eu");
     assert_eq!(api.count(SLICES, "labelSelector=mesh%3Dyes"), 1);
     assert_eq!(api.count(SERVICES, "labelSelector"), 0);
+}
+
+/// Regions and zones are not worth a cluster; policies are.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_does_without_nodes_that_it_may_not_read() {
+    let api = with_users().await;
+    api.behave(|behaviour| behaviour.refused = Some(NODES));
+    let config = KubernetesConfig { server: Some(api.url()), nodes: true, ..Default::default() };
+    let mut watched = Watched::start(config);
+    let error = |cluster: &Cluster| cluster.health.error.clone().unwrap_or_default();
+    watched
+        .until("the endpoints", |cluster| endpoints(cluster) == ["1", "2"] && error(cluster).contains("403 Forbidden"))
+        .await;
+    api.behave(|behaviour| behaviour.refused = Some(MANIFESTS));
+    let config = KubernetesConfig { server: Some(api.url()), service_manifests: true, ..Default::default() };
+    let mut watched = Watched::start(config);
+    watched.until("the refusal", |cluster| error(cluster).contains("403 Forbidden")).await;
+    assert!(watched.now().objects.is_none(), "calls would be without what is stated about them");
 }
 
 /// The addresses of Services that are not selected are not free for other clusters' services.

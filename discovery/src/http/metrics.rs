@@ -149,8 +149,9 @@ impl StatusPages {
             let samples = clusters.map(|cluster| ([("cluster", cluster.info.name.clone())], value(cluster)));
             to.family(&format!("culvert_discovery_{name}"), "gauge", help, samples);
         };
-        let stale = "Whether a cluster cannot be read, so that its last objects stay in force.";
-        family("source_stale", stale, &|cluster| usize::from(cluster.health.stale));
+        let stale = "Whether a cluster cannot be read, so that its last objects, if there are any, stay in force.";
+        let is_stale = |cluster: &Cluster| cluster.health.stale || cluster.objects.is_none();
+        family("source_stale", stale, &|cluster| usize::from(is_stale(cluster)));
         let errors = "Files that are not in force as they are.";
         family("source_file_errors", errors, &|cluster| cluster.health.file_errors.len());
         let objects = |cluster: &Cluster| cluster.objects.clone().unwrap_or_default();

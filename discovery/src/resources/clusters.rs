@@ -98,6 +98,8 @@ fn external_name(name: &str, external: &External) -> Cluster {
     Cluster {
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::LogicalDns.into())),
         dns_lookup_family: DnsLookupFamily::V4Preferred.into(),
+        // Others do not wait for a name server that does not know it.
+        wait_for_warm_on_init: Some(false.into()),
         load_assignment: Some(ClusterLoadAssignment {
             cluster_name: name.to_owned(),
             endpoints: vec![LocalityLbEndpoints { lb_endpoints: vec![host], ..Default::default() }],

@@ -49,8 +49,8 @@ pub struct Behaviour {
     pub delay: Duration,
     /// Whether requests are taken and not answered.
     pub hangs: bool,
-    /// Whether requests for Pods are forbidden.
-    pub no_pods: bool,
+    /// Requests for these are forbidden.
+    pub refused: Option<&'static str>,
 }
 
 impl Default for Behaviour {
@@ -64,7 +64,7 @@ impl Default for Behaviour {
             tokens: BTreeSet::new(),
             delay: Duration::ZERO,
             hangs: false,
-            no_pods: false,
+            refused: None,
         }
     }
 }
@@ -329,7 +329,7 @@ impl Serving {
         let Some(resource) = [SERVICES, SLICES, PODS, NODES, MANIFESTS].into_iter().find(|known| *known == path) else {
             return refuse(404, "NotFound", "the server could not find the requested resource");
         };
-        if behaviour.no_pods && resource == PODS {
+        if behaviour.refused == Some(resource) {
             return refuse(403, "Forbidden", "pods is forbidden: User \"x\" cannot list resource \"pods\"");
         }
         if query.get("watch").is_some_and(|value| value == "true") {

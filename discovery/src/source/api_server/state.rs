@@ -9,8 +9,9 @@ use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use crate::kubernetes::convert::Kind;
-use crate::kubernetes::{ObjectKey, Objects};
+use crate::kubernetes::{Node, ObjectKey, Objects};
 use crate::registry::{FileError, SourceHealth};
+use crate::secrets::Secret;
 
 /// How many objects that cannot be used are shown.
 const MOST_SHOWN: usize = 100;
@@ -222,7 +223,10 @@ impl Shared {
     /// What there is to tell now. Objects are told once.
     pub(super) fn news(&self, location: String) -> News {
         let state = &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let read = state.kinds.values().all(|kind| kind.read);
+        // What is said of nodes and secrets is not worth a cluster.
+        let can_wait =
+            |name: &str, kind: &KindState| [Node::KIND, Secret::KIND].contains(&name) && kind.failing.is_some();
+        let read = state.kinds.iter().all(|(name, kind)| kind.read || can_wait(name, kind));
         let changed = read && std::mem::take(&mut state.objects_changed);
         if changed {
             state.tidy_up(Instant::now());
