@@ -42,6 +42,9 @@ const POLICIES: [(LbPolicy, &str); 5] = [
 /// The workers that clusters are made for: what a worker has of its own is counted apart.
 const WORKERS: usize = 2;
 
+/// So often all hosts are replaced.
+const REPLACEMENTS: u32 = 7;
+
 /// Nanoseconds per pick of each load balancing policy, memory per host, and the pauses of a worker while all hosts are replaced.
 #[derive(Parser)]
 #[command(name = "cargo xtask bench lb")]
@@ -97,23 +100,32 @@ struct Row {
     shared: f64,
     unused: f64,
     used: f64,
-    /// The longest processor time between two picks while all hosts are replaced: times in which others had the processor are no pauses of
-    /// the worker's making.
-    pause: Duration,
+    pauses: Pauses,
+    /// Likewise while as many hosts of another cluster are replaced, which is none of the worker's business: what the machine does by itself.
+    others: Pauses,
+}
+
+/// The longest processor time between two picks in each of several replacements of all hosts: times in which others had the processor are
+/// no pauses of the worker's making.
+struct Pauses {
+    median: Duration,
+    worst: Duration,
 }
 
 /// One policy with one number of hosts.
 async fn measure((policy, name): (LbPolicy, &'static str), hosts: u32, weights: u32) -> Result<Row> {
     let per_host = |bytes: usize| bytes as f64 / f64::from(hosts);
-    let config = Cluster {
-        name: "bench".to_owned(),
-        lb_policy: policy.into(),
-        cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Static.into())),
-        ..Cluster::default()
+    let config = |name: &str| {
+        let config = Cluster {
+            name: name.to_owned(),
+            lb_policy: policy.into(),
+            cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Static.into())),
+            ..Cluster::default()
+        };
+        parse::cluster(&config, "cluster").map_err(|error| anyhow::anyhow!("{error}"))
     };
-    let config = parse::cluster(&config, "cluster").map_err(|error| anyhow::anyhow!("{error}"))?;
     let clusters = Arc::new(Clusters::new(WORKERS));
-    clusters.upsert(config);
+    clusters.upsert(config("bench")?);
     let endpoints = [group(0..hosts, weights)];
     let before = allocated();
     clusters.set_endpoints("bench", &endpoints);
@@ -136,8 +148,11 @@ async fn measure((policy, name): (LbPolicy, &'static str), hosts: u32, weights: 
         pick(&mine, hash)?;
     }
     let pick = began.elapsed().as_nanos() as f64 / f64::from(picks);
-    let pause = replace(&clusters, &worker, &mine, hosts, weights).await?;
-    Ok(Row { policy: name, hosts, weights, pick, shared, unused, used, pause })
+    let pauses = replace(&clusters, "bench", &worker, &mine, (hosts, weights)).await?;
+    // Its hosts take the places of those of before, and it is no more to the worker than a name.
+    clusters.upsert(config("other")?);
+    let others = replace(&clusters, "other", &worker, &mine, (hosts, weights)).await?;
+    Ok(Row { policy: name, hosts, weights, pick, shared, unused, used, pauses, others })
 }
 
 fn pick(cluster: &WorkerCluster, number: u32) -> Result<()> {
@@ -148,26 +163,40 @@ fn pick(cluster: &WorkerCluster, number: u32) -> Result<()> {
     Ok(())
 }
 
-/// Replaces all hosts three times while a worker goes on picking.
+/// Replaces all hosts of a cluster several times while a worker goes on picking.
 async fn replace(
     clusters: &Arc<Clusters>,
+    name: &'static str,
+    worker: &WorkerClusters,
+    mine: &WorkerCluster,
+    (hosts, weights): (u32, u32),
+) -> Result<Pauses> {
+    let mut longest = Vec::new();
+    for round in 1..=REPLACEMENTS {
+        let done = Arc::new(AtomicBool::new(false));
+        let control = {
+            let (clusters, done) = (Arc::clone(clusters), Arc::clone(&done));
+            std::thread::spawn(move || {
+                clusters.set_endpoints(name, &[group(round * hosts..(round + 1) * hosts, weights)]);
+                done.store(true, Relaxed);
+            })
+        };
+        longest.push(longest_pause(worker, mine, hosts, &done).await?);
+        ensure!(control.join().is_ok(), "the thread that replaces hosts panicked");
+    }
+    longest.sort_unstable();
+    Ok(Pauses { median: longest[longest.len() / 2], worst: longest[longest.len() - 1] })
+}
+
+/// The longest time between two picks until it is done, and as many picks again as there are hosts: what is left of old hosts is let go
+/// of little by little.
+async fn longest_pause(
     worker: &WorkerClusters,
     mine: &WorkerCluster,
     hosts: u32,
-    weights: u32,
+    done: &AtomicBool,
 ) -> Result<Duration> {
-    let done = Arc::new(AtomicBool::new(false));
-    let control = {
-        let (clusters, done) = (Arc::clone(clusters), Arc::clone(&done));
-        std::thread::spawn(move || {
-            for round in 1..=3 {
-                clusters.set_endpoints("bench", &[group(round * hosts..(round + 1) * hosts, weights)]);
-            }
-            done.store(true, Relaxed);
-        })
-    };
     let (mut longest, mut last) = (Duration::ZERO, processor_time()?);
-    // As many again afterwards: what is left of old hosts is let go of little by little.
     let (mut number, mut left) = (0_u32, hosts.max(1000));
     while left > 0 {
         worker.tick();
@@ -180,7 +209,6 @@ async fn replace(
         number = number.wrapping_add(1);
         left -= u32::from(done.load(Relaxed));
     }
-    ensure!(control.join().is_ok(), "the thread that replaces hosts panicked");
     Ok(longest)
 }
 
@@ -206,11 +234,13 @@ struct Table(Vec<Row>);
 
 impl Table {
     fn json(&self) -> Value {
+        let micros = |pause: Duration| pause.as_secs_f64() * 1e6;
+        let pauses = |of: &Pauses| json!({"median": micros(of.median), "worst": micros(of.worst)});
         let row = |row: &Row| {
             json!({
                 "policy": row.policy, "hosts": row.hosts, "weights": row.weights, "ns_per_pick": row.pick,
                 "bytes_per_host": {"shared": row.shared, "worker_unused": row.unused, "worker_used": row.used},
-                "longest_pause_us": row.pause.as_secs_f64() * 1e6,
+                "longest_pause_us": pauses(&row.pauses), "of_another_cluster_us": pauses(&row.others),
             })
         };
         self.0.iter().map(row).collect()
@@ -221,15 +251,16 @@ impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "| policy | weights | hosts | ns per pick | bytes per host | per worker | when used | longest pause, ms |"
+            "| policy | weights | hosts | ns per pick | bytes per host | per worker | when used | longest pause, ms: median | worst | of \
+             another cluster: median | worst |"
         )?;
-        writeln!(f, "|---|---:|---:|---:|---:|---:|---:|---:|")?;
-        for Row { policy, hosts, weights, pick, shared, unused, used, pause } in &self.0 {
-            let pause = pause.as_secs_f64() * 1e3;
-            writeln!(
-                f,
-                "| {policy} | {weights} | {hosts} | {pick:.0} | {shared:.0} | {unused:.1} | {used:.0} | {pause:.2} |"
-            )?;
+        writeln!(f, "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")?;
+        for Row { policy, hosts, weights, pick, shared, unused, used, pauses, others } in &self.0 {
+            write!(f, "| {policy} | {weights} | {hosts} | {pick:.0} | {shared:.0} | {unused:.1} | {used:.0} |")?;
+            for pause in [pauses.median, pauses.worst, others.median, others.worst] {
+                write!(f, " {:.2} |", pause.as_secs_f64() * 1e3)?;
+            }
+            writeln!(f)?;
         }
         Ok(())
     }

@@ -360,14 +360,15 @@ fn interception_is_checked() {
     }
     // Without a source of listeners those that there are have to do.
     let static_ones = |fields: &str| {
-        let listener = |name: &str| {
+        let listener = |name: &str, port: u16| {
             format!(
-                "{{name: {name}, address: {{socket_address: {{address: '::', port_value: 1}}}}, filter_chains: [{{filters: [{{name: t, \
+                "{{name: {name}, address: {{socket_address: {{address: '::', port_value: {port}}}}}, filter_chains: [{{filters: [{{name: t, \
                  typed_config: {{'@type': type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy, \
                  stat_prefix: t, cluster: c}}}}]}}]}}"
             )
         };
-        let listeners = format!("static_resources: {{listeners: [{}, {}]}}\n", listener("outbound"), listener("in"));
+        let listeners = [listener("outbound", 1), listener("in", 2)].join(", ");
+        let listeners = format!("static_resources: {{listeners: [{listeners}]}}\n");
         listeners + yaml(&format!("interfaces: [a], {fields}")).split_once('\n').unwrap().1
     };
     load(&static_ones("direction: BOTH, inbound_listener: in")).unwrap();
