@@ -68,11 +68,12 @@ impl State {
         failed.filter(|_| self.routing_fault != known)
     }
 
-    /// What comes back from elsewhere has to be steered where it comes in. Where no uplink has the program, and what goes elsewhere leaves by
-    /// an interface without one, that is a fault: a misspelt or renamed interface would otherwise cost pods all that is not on the node.
+    /// What comes back from elsewhere in pods' names has to be steered where it comes in. Where uplinks are named and none is there, and what goes
+    /// elsewhere leaves by an interface without the program, that is a fault: a misspelt or renamed interface would otherwise cost pods all
+    /// that is not on the node. Without `original_src` none need be named.
     pub(super) fn look_at_uplinks(&mut self) {
         let attached = self.attachments.values().any(|attachment| attachment.direction == Direction::Inbound);
-        let fault = match attached || self.waits.is_some() || self.config.interfaces.is_empty() || self.is_followed() {
+        let fault = match attached || self.waits.is_some() || self.config.uplinks.is_empty() || self.is_followed() {
             true => None,
             false => ELSEWHERE.into_iter().find_map(|address| {
                 let index = self.netlink.route_to(address).ok()??;
