@@ -90,6 +90,8 @@ pub(super) struct State {
     ends: bool,
     /// Why the rule or the route that others removed is not there again.
     routing_fault: Option<String>,
+    /// Why this daemon has not taken over again, although its successor is gone.
+    succession_fault: Option<String>,
     /// Why what comes back from elsewhere does not reach this daemon.
     uplink_fault: Option<String>,
     /// The directions whose listeners are there.
@@ -158,6 +160,7 @@ impl State {
             was_followed: false,
             ends: false,
             routing_fault: None,
+            succession_fault: None,
             uplink_fault: None,
             listening: 0,
             wake: Arc::new(wake),
@@ -259,7 +262,7 @@ impl State {
         {
             tracing::warn!(%error, "the mark of a take-over is left");
         }
-        succession::remove_marks(&self.config.pin_path, |mark| Lease::take(mark).is_ok_and(|lease| lease.is_held()));
+        succession::remove_stale_marks(&self.config.pin_path);
         self.forget_others();
         if self.attachments.is_empty() && !self.config.interfaces.is_empty() {
             tracing::warn!(patterns = ?self.config.interfaces, "no interface matches yet");
@@ -324,7 +327,7 @@ impl State {
         {
             tracing::debug!(%error, "the lease of the pin path cannot be had");
         }
-        errors.extend(self.look_after_successor().err());
+        errors.extend(self.look_after_successor());
         errors.extend(self.keep_routing());
         self.look_at_uplinks();
         if self.waits.is_some_and(|until| Instant::now() >= until) && !self.ends {
@@ -402,8 +405,8 @@ impl State {
 
     pub(super) fn faults(&self) -> Vec<String> {
         let unattached = self.unattached.values().chain(self.hooks.iter().flat_map(Hooks::faults)).cloned();
-        let of_node = self.source_fault.iter().chain(&self.routing_fault).chain(&self.uplink_fault).cloned();
-        of_node.chain(self.pods.faults()).chain(unattached).collect()
+        let of_node = [&self.source_fault, &self.routing_fault, &self.succession_fault, &self.uplink_fault];
+        of_node.into_iter().flatten().cloned().chain(self.pods.faults()).chain(unattached).collect()
     }
 
     /// Loads the programs for cgroups, and attaches those of host mode, unless an earlier daemon's stay for now.

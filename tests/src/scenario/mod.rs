@@ -324,7 +324,8 @@ fn spawn_discovery(control: &Node, manifests: &std::path::Path) -> Result<Proces
     }
     let token = token_file(manifests);
     fs::write(&token, DEVELOPER_TOKEN).with_context(|| format!("writing {token}"))?;
-    let tunnels = format!("{}:{TUNNEL_PORTS}", control.ipv4());
+    // Nobody had a port before this discovery.
+    let tunnels = format!("{}:{TUNNEL_PORTS},quarantine=0", control.ipv4());
     let discovery = binary_arg("culvert-discovery")?;
     let cluster = |name: &str| format!("{name}={}/{name},region=region-{name},zone=zone-{name}", manifests.display());
     let (a, b) = (cluster("a"), cluster("b"));

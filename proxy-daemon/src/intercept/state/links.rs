@@ -60,6 +60,8 @@ impl State {
                     "somebody had removed the routing rule or the route of interception: they are there again"
                 ),
                 Ok(false) => {}
+                // Switched off, perhaps for a while.
+                Err((_, error)) if is_ipv6 && is_unsupported(&error) => {}
                 Err((action, error)) => failed = Some(InterceptError::netlink(action, error)),
             }
         }

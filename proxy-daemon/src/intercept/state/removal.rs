@@ -28,7 +28,7 @@ impl State {
         self.took_over && self.others_are_pinned()
     }
 
-    fn others_are_pinned(&self) -> bool {
+    pub(super) fn others_are_pinned(&self) -> bool {
         let pinned = self.pinned();
         // What is gone, or cannot be read, says nothing of another daemon.
         !pinned.is_empty() && kernel::number(&self.ebpf).is_some_and(|own| !pinned.contains(&own))
@@ -51,19 +51,26 @@ impl State {
             }
             return Ok(());
         }
+        // A daemon that this one replaced must not take over again before all is gone: what it pins would go, too.
+        let next = self.config.pin_path.join(NEXT);
+        if let Err(error) = self.take_next() {
+            tracing::debug!(%error, "a daemon that takes over meanwhile may lose what it pins");
+        }
         let mut failures: Vec<String> = Vec::new();
         // Programs first: without rule and route, what they redirect would go astray.
         for (_, attachment) in self.attachments.drain() {
             failures.extend(attachment.detach().err());
         }
-        let mut directories = map_directories(&self.config.pin_path);
-        directories.extend(["links", "cgroups"].map(|name| self.config.pin_path.join(name)));
+        // Maps last: they tell that somebody is there.
+        let mut directories = ["links", "cgroups"].map(|name| self.config.pin_path.join(name)).to_vec();
+        directories.extend(map_directories(&self.config.pin_path));
         for directory in directories {
             failures.extend(remove_pins(&directory).err().map(|error| format!("{}: {error}", directory.display())));
         }
-        let _ = fs::remove_dir(self.config.pin_path.join(NEXT));
+        let _ = fs::remove_dir(next);
+        self.next = None;
         self.alive = None;
-        succession::remove_marks(&self.config.pin_path, |_| true);
+        succession::remove_stale_marks(&self.config.pin_path);
         if let Err(error) = fs::remove_dir(&self.config.pin_path)
             && error.kind() != io::ErrorKind::NotFound
         {

@@ -45,32 +45,57 @@ impl State {
         }
     }
 
-    /// Takes over again if the daemon that replaced this one is gone.
-    pub(super) fn look_after_successor(&mut self) -> Result<(), InterceptError> {
+    /// Takes over again if the daemon that replaced this one is gone. What goes wrong is one of the faults, and tried again until it works;
+    /// returned where it is news.
+    pub(super) fn look_after_successor(&mut self) -> Option<InterceptError> {
         if !self.took_over || self.ends {
-            return Ok(());
+            return None;
         }
-        if !self.is_left() {
+        let tries_again = self.succession_fault.is_some() && !self.others_are_pinned();
+        if !tries_again && !self.is_left() {
             self.was_followed |= self.is_followed();
-            return Ok(());
+            self.succession_fault = None;
+            return None;
+        }
+        let done = self.take_next().and_then(|free| {
+            // Another one is about to take over, or has just done so.
+            if !free || !(tries_again || self.is_left()) {
+                self.next = None;
+                return Ok(false);
+            }
+            if !tries_again {
+                tracing::warn!("the daemon that replaced this one is gone: this one takes over again");
+            }
+            self.take_back().map(|()| true)
+        });
+        self.took_over = true;
+        match done {
+            Ok(done) => {
+                self.was_followed &= !done;
+                self.succession_fault = None;
+                None
+            }
+            Err(error) => {
+                let fault = Some(format!("cannot take over again: {error}"));
+                let known = std::mem::replace(&mut self.succession_fault, fault);
+                (known != self.succession_fault).then_some(error)
+            }
+        }
+    }
+
+    /// Has others see that this daemon is about to take over; whether no other is.
+    pub(super) fn take_next(&mut self) -> Result<bool, InterceptError> {
+        // Of a try that failed: a second handle would not get the lock.
+        if self.next.as_ref().is_some_and(Lease::is_held) {
+            return Ok(true);
         }
         let next = self.config.pin_path.join(NEXT);
         self.make_directory(&next)?;
-        let lease = Lease::take(&next)
-            .map_err(|source| InterceptError::PinPath { path: next.clone(), reason: source.to_string() })?;
-        // Another one is about to take over, or has just done so.
-        if !lease.is_held() || !self.is_left() {
-            return Ok(());
-        }
-        self.next = Some(lease);
-        tracing::warn!("the daemon that replaced this one is gone: this one takes over again");
-        let done = self.take_back();
-        // Tried again until it works.
-        self.took_over = true;
-        if done.is_ok() {
-            self.was_followed = false;
-        }
-        done
+        let lease =
+            Lease::take(&next).map_err(|source| InterceptError::PinPath { path: next, reason: source.to_string() })?;
+        let free = lease.is_held();
+        self.next = free.then_some(lease);
+        Ok(free)
     }
 
     /// Whether another daemon took over, and is gone.
@@ -111,12 +136,14 @@ impl State {
     /// Has new connections go their own way, unless it is another daemon that they go to.
     pub(in crate::intercept) fn let_pass(&mut self) -> Result<(), InterceptError> {
         self.ends = true;
-        if self.is_superseded() { Ok(()) } else { kernel::set_ending(&mut self.ebpf) }
+        // One that only waits for its listeners has programs of its own, which do not look at this.
+        if self.others_are_pinned() { Ok(()) } else { kernel::set_ending(&mut self.ebpf) }
     }
 }
 
-/// Removes daemons' marks.
-pub(super) fn remove_marks(pin_path: &Path, is_stale: impl Fn(&Path) -> bool) {
+/// Removes the marks of daemons that are gone.
+pub(super) fn remove_stale_marks(pin_path: &Path) {
+    let is_stale = |mark: &Path| Lease::take(mark).is_ok_and(|lease| lease.is_held());
     let entries = fs::read_dir(pin_path).into_iter().flatten().filter_map(Result::ok);
     let marks = entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(MARK.as_bytes()));
     for mark in marks.map(|entry| entry.path()).filter(|mark| is_stale(mark)) {

@@ -39,6 +39,8 @@ struct Class {
     weight: u32,
     /// Where workers keep their turns; of classes with more than one host.
     id: u32,
+    /// The weights of all its hosts, and of those of the classes before it.
+    until: u64,
 }
 
 impl Class {
@@ -81,12 +83,15 @@ impl Group {
         };
         if by_class {
             hosts.sort_by_key(weight);
-            let mut first = 0;
+            let (mut first, mut until) = (0, 0);
             for same in hosts.chunk_by(|a, b| weight(a) == weight(b)) {
                 // There are never more hosts than fit.
                 let len = same.len() as u32;
                 let id = if len > 1 { making.id() } else { 0 };
-                classes.push(Class { first, len, weight: weight(&same[0]), id });
+                let weight = weight(&same[0]);
+                // Both have 32 bits, and there are never so many hosts that the sum does not fit.
+                until += u64::from(weight) * u64::from(len);
+                classes.push(Class { first, len, weight, id, until });
                 first += len;
             }
         }
@@ -168,7 +173,7 @@ impl Group {
         Some(schedule.next(weight)? as usize)
     }
 
-    /// Of many hosts whose weights differ: whose turn it is by weight, or of some random ones the one that has less to do for its weight.
+    /// Of many hosts whose weights differ: whose turn it is by weight, or of some that are chosen by weight too the one that has less to do for it.
     /// A schedule of them all by what each has to do, as for few, would be memory of each worker for each host, and would hold up the
     /// request that needs it first.
     fn least_by_weight(&self, config: &LeastRequest, cx: &mut Pick<'_>) -> Option<usize> {
@@ -181,13 +186,21 @@ impl Group {
         let weight = |at: usize| u64::from(cx.hosts[host(at) as usize].weight);
         let active = |at: usize| u64::from((cx.active)(host(at)));
         for _ in 1..config.choice_count {
-            let other = fastrand::usize(..self.hosts.len());
+            let other = self.any_by_weight();
             // Both products fit: a weight and a number of requests have 32 bits.
             if active(other) * weight(best) < active(best) * weight(other) {
                 best = other;
             }
         }
         Some(best)
+    }
+
+    /// Any host, by weights, whose turn it may not be.
+    fn any_by_weight(&self) -> usize {
+        let Some(all) = self.classes.last() else { return 0 };
+        let at = fastrand::u64(..all.until);
+        let class = &self.classes[self.classes.partition_point(|class| class.until <= at)];
+        (class.first + fastrand::u32(..class.len)) as usize
     }
 
     /// Of some random hosts the least busy one: the power of two choices.
