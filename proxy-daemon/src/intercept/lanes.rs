@@ -30,8 +30,6 @@ pub fn poll_read(stream: &mut TcpStream, cx: &mut Context<'_>, buf: &mut ReadBuf
         // SAFETY: what is written there is payload, which leaves no byte uninitialized that was not so before.
         let space = unsafe { buf.unfilled_mut() };
         match stream.try_io(Interest::READABLE, || socket2::SockRef::from(&*stream).recv(space)) {
-            // The short cut's queue does not tell a reset from an end.
-            Ok(0) => return Poll::Ready(stream.take_error()?.map_or(Ok(()), Err)),
             Ok(read) => {
                 // SAFETY: the kernel has written so many bytes.
                 unsafe { buf.assume_init(read) };

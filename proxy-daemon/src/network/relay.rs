@@ -10,7 +10,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::intercept::Joined;
+use crate::{intercept::Joined, listener::DownstreamStream, upstream::UpstreamStream};
 
 /// Bytes read at a time in each direction.
 const BUFFER: usize = 32 * 1024;
@@ -32,6 +32,30 @@ pub(super) enum Ended {
     Upstream,
     /// The host was found to be ill, and the cluster has `close_connections_on_host_health_failure`.
     HostFailed,
+}
+
+/// A connection that may be joined: then its end is read from the kernel's queue of the short cut, which does not tell a reset from an end.
+pub(super) trait Joinable {
+    /// What has gone wrong with the connection since this was asked last.
+    fn take_error(&self) -> Option<io::Error>;
+}
+
+impl Joinable for DownstreamStream {
+    fn take_error(&self) -> Option<io::Error> {
+        match self {
+            DownstreamStream::Plain(stream) => stream.take_error().ok()?,
+            DownstreamStream::Tls(_) => None,
+        }
+    }
+}
+
+impl Joinable for UpstreamStream {
+    fn take_error(&self) -> Option<io::Error> {
+        match self {
+            UpstreamStream::Tcp(stream) => stream.take_error().ok()?,
+            UpstreamStream::Unix(_) | UpstreamStream::Tls(_) => None,
+        }
+    }
 }
 
 /// Both directions of a connection, each with its half-close.
@@ -65,13 +89,14 @@ impl Relay {
 
     pub(super) fn poll<D, U>(&mut self, cx: &mut Context<'_>, downstream: &mut D, upstream: &mut U) -> Poll<Ended>
     where
-        D: AsyncRead + AsyncWrite + Unpin,
-        U: AsyncRead + AsyncWrite + Unpin,
+        D: AsyncRead + AsyncWrite + Joinable + Unpin,
+        U: AsyncRead + AsyncWrite + Joinable + Unpin,
     {
+        let joined = self.joined.is_some();
         let before = self.up.bytes + self.down.bytes;
         self.host_was_last |= self.up.eof && !self.down.eof;
-        let up = self.up.poll(cx, downstream, upstream);
-        let down = self.down.poll(cx, upstream, downstream);
+        let up = self.up.poll(cx, downstream, upstream, joined);
+        let down = self.down.poll(cx, upstream, downstream, joined);
         if before != self.up.bytes + self.down.bytes {
             self.last_activity.set(Instant::now());
         }
@@ -166,9 +191,9 @@ impl Pipe {
     }
 
     /// Ready when the reading side has ended, all has been written, and the writing side has been shut down.
-    fn poll<R, W>(&mut self, cx: &mut Context<'_>, from: &mut R, to: &mut W) -> Poll<Result<(), Broken>>
+    fn poll<R, W>(&mut self, cx: &mut Context<'_>, from: &mut R, to: &mut W, joined: bool) -> Poll<Result<(), Broken>>
     where
-        R: AsyncRead + Unpin,
+        R: AsyncRead + Joinable + Unpin,
         W: AsyncWrite + Unpin,
     {
         loop {
@@ -213,6 +238,9 @@ impl Pipe {
                 Poll::Ready(Ok(())) => {
                     (self.start, self.end) = (0, space.filled().len());
                     self.eof = self.end == 0;
+                    if let Some(error) = (self.eof && joined).then(|| from.take_error()).flatten() {
+                        return Poll::Ready(Err(Broken::new(Side::Read, &error)));
+                    }
                 }
             }
         }

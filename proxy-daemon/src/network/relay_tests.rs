@@ -2,6 +2,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
 use super::*;
 
+impl Joinable for tokio::io::DuplexStream {
+    fn take_error(&self) -> Option<io::Error> {
+        None
+    }
+}
+
 fn run<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
 }

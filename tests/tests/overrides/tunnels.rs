@@ -181,7 +181,11 @@ fn after_a_crash_nobody_answers_at_anothers_port() -> Result<()> {
             Ok(())
         })?;
     }
-    assert_eq!(ports(&mesh.discovery)?, before);
+    wait_until(DEADLINE, "both to have the ports that they had", || {
+        let now = ports(&mesh.discovery)?;
+        ensure!(now == before, "{now:?}, and {before:?} before");
+        Ok(())
+    })?;
 
     // What is asked now is answered before the daemon hears of the new tunnels, or after it.
     let asking: Vec<_> = names

@@ -223,9 +223,11 @@ impl Shared {
     /// What there is to tell now. Objects are told once.
     pub(super) fn news(&self, location: String) -> News {
         let state = &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        // What is said of nodes and secrets is not worth a cluster.
-        let can_wait =
-            |name: &str, kind: &KindState| [Node::KIND, Secret::KIND].contains(&name) && kind.failing.is_some();
+        // What is said of nodes and secrets is not worth a cluster where it may not be read.
+        let can_wait = |name: &str, kind: &KindState| {
+            let refused = kind.failing.as_ref().is_some_and(|(_, error)| error.contains("403 Forbidden"));
+            refused && [Node::KIND, Secret::KIND].contains(&name)
+        };
         let read = state.kinds.iter().all(|(name, kind)| kind.read || can_wait(name, kind));
         let changed = read && std::mem::take(&mut state.objects_changed);
         if changed {

@@ -1,4 +1,11 @@
-use std::{collections::HashSet, fs::OpenOptions, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    fs::{self, OpenOptions},
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use culvert_xds_client::json;
 use envoy_types::pb::{
@@ -167,11 +174,18 @@ pub(super) fn health_checks_of(cluster: &Cluster, path: &str) -> Result<Vec<Arc<
     Ok(checks)
 }
 
-/// An event log, which is there from now on: as by Envoy it is opened when it is configured.
+/// An event log that can be opened, as far as that is to be seen: whoever only looks at a configuration makes no file.
 fn event_log(file: &str, path: &str) -> Result<PathBuf> {
-    let opened = OpenOptions::new().append(true).create(true).open(file);
-    let refused = |error: std::io::Error| FieldError::new(path, format!("unable to open file '{file}': {error}"));
-    opened.map(|_| PathBuf::from(file)).map_err(refused)
+    let log = PathBuf::from(file);
+    let directory = log.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let there = match OpenOptions::new().append(true).open(&log) {
+        Err(error) if error.kind() == ErrorKind::NotFound => fs::metadata(directory).map(drop),
+        opened => opened.map(drop),
+    };
+    match there {
+        Ok(()) => Ok(log),
+        Err(error) => Err(FieldError::new(path, format!("unable to open file '{file}': {error}"))),
+    }
 }
 
 /// A health check of the cluster with this name. Its fields have been checked against what is honoured.
