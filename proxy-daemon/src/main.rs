@@ -139,6 +139,8 @@ async fn serve(
     // After a failure whoever starts it again is not kept waiting.
     if result.is_ok() {
         drain(flags, &plane, &mut signals).await;
+    } else {
+        plane.let_go().await;
     }
     // Joins threads: not on a thread that must not block.
     let stopping = plane.clone();

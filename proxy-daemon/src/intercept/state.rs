@@ -327,6 +327,10 @@ impl State {
         {
             tracing::debug!(%error, "the lease of the pin path cannot be had");
         }
+        // Somebody may have looked whether it is free just when it was taken.
+        if let Some(Err(error)) = self.alive.as_mut().map(Lease::retry) {
+            tracing::debug!(%error, "this daemon's mark cannot be had");
+        }
         errors.extend(self.look_after_successor());
         errors.extend(self.keep_routing());
         self.look_at_uplinks();

@@ -152,7 +152,7 @@ impl<K: Kind> Objects for Told<K> {
 
     fn fails(&self, error: &str) {
         // Where its definition is missing, the path is.
-        if K::KIND == ServiceManifest::KIND && error.contains("404") {
+        if K::KIND == ServiceManifest::KIND && error.contains("404 Not Found") {
             let hint =
                 "`kubectl apply -f deploy/kubernetes/servicemanifests.yaml` defines them, and may not have been run";
             return self.shared.fails::<K>(&format!("{error} ({hint})"));

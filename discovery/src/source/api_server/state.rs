@@ -10,6 +10,7 @@ use tracing::{info, warn};
 
 use crate::kubernetes::convert::Kind;
 use crate::kubernetes::{Node, ObjectKey, Objects};
+use crate::policy::ServiceManifest;
 use crate::registry::{FileError, SourceHealth};
 use crate::secrets::Secret;
 
@@ -223,10 +224,14 @@ impl Shared {
     /// What there is to tell now. Objects are told once.
     pub(super) fn news(&self, location: String) -> News {
         let state = &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        // What is said of nodes and secrets is not worth a cluster where it may not be read.
+        // What is said of nodes and secrets is not worth a cluster where it may not be read, and of a kind that is not defined there are none.
         let can_wait = |name: &str, kind: &KindState| {
-            let refused = kind.failing.as_ref().is_some_and(|(_, error)| error.contains("403 Forbidden"));
-            refused && [Node::KIND, Secret::KIND].contains(&name)
+            let says = |text: &str| kind.failing.as_ref().is_some_and(|(_, error)| error.contains(text));
+            match name {
+                Node::KIND | Secret::KIND => says("403 Forbidden"),
+                ServiceManifest::KIND => says("404 Not Found"),
+                _ => false,
+            }
         };
         let read = state.kinds.iter().all(|(name, kind)| kind.read || can_wait(name, kind));
         let changed = read && std::mem::take(&mut state.objects_changed);
