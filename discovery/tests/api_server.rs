@@ -129,10 +129,11 @@ async fn a_pod_that_is_gone_is_out_however_long_its_slice_lists_it() {
     api.put(SERVICES, service("users", 80));
     let mut users = slice("users", &["10.1.0.1", "10.1.0.2", "10.1.0.3"]);
     for number in 1..=3 {
-        let pod_of = |uid: &str| json!({"kind": "Pod", "name": format!("pod-{number}"), "uid": uid});
-        users["endpoints"][number - 1]["targetRef"] = pod_of(&format!("first-{number}"));
+        let uid = format!("first-{number}");
+        users["endpoints"][number - 1]["targetRef"] =
+            json!({"kind": "Pod", "name": format!("pod-{number}"), "uid": uid});
         let mut pod = pod(&format!("pod-{number}"), &format!("10.1.0.{number}"));
-        pod["metadata"]["uid"] = format!("first-{number}").into();
+        pod["metadata"]["uid"] = uid.into();
         api.put(PODS, pod);
     }
     api.put(SLICES, users.clone());

@@ -23,7 +23,7 @@ use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_optio
     ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
 };
 use envoy_types::pb::google::protobuf::value::Kind;
-use envoy_types::pb::google::protobuf::{Any, Duration, Struct, UInt32Value, Value};
+use envoy_types::pb::google::protobuf::{Any, BoolValue, Duration, Struct, UInt32Value, Value};
 
 use super::{ORIGINAL_DST_CLUSTER, pack, policy};
 use crate::mesh::{External, Health, Mesh, Protocol, cluster_name};
@@ -99,7 +99,7 @@ fn external_name(name: &str, external: &External) -> Cluster {
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::LogicalDns.into())),
         dns_lookup_family: DnsLookupFamily::V4Preferred.into(),
         // Others do not wait for a name server that does not know it.
-        wait_for_warm_on_init: Some(false.into()),
+        wait_for_warm_on_init: Some(BoolValue { value: false }),
         load_assignment: Some(ClusterLoadAssignment {
             cluster_name: name.to_owned(),
             endpoints: vec![LocalityLbEndpoints { lb_endpoints: vec![host], ..Default::default() }],

@@ -392,7 +392,7 @@ fn median(samples: &[Sample]) -> Sample {
 fn table(rows: &[(&str, Sample)]) -> String {
     let direct = rows.iter().find(|(name, _)| *name == WAYS[0].0).map(|(_, sample)| *sample);
     let cells = |cells: [String; 9]| -> String {
-        cells.iter().zip([7, 5, 6, 6, 6, 5, 5, 5, 5]).map(|(cell, width)| format!(" {cell:>width$}")).collect()
+        cells.iter().zip([7, 5, 6, 6, 6, 5, 5, 4, 5]).map(|(cell, width)| format!(" {cell:>width$}")).collect()
     };
     let titles = ["req/s", "ratio", "p50", "p99", "CPU", "ratio", "1 str", "16", "ratio"].map(str::to_owned);
     let mut text = format!("{:<22}{}\n", "way", cells(titles));

@@ -87,6 +87,9 @@ pub(super) enum Requirement {
     AllowMissingOrFailed,
 }
 
+/// The numbers of requirements, by names.
+pub(super) type Named = BTreeMap<Box<str>, usize>;
+
 /// What is configured. Streams hold on to it while their tokens are verified.
 #[derive(Debug)]
 pub(super) struct Settings {
@@ -94,9 +97,9 @@ pub(super) struct Settings {
     /// What `rules` and `named` mean, by their numbers.
     pub(super) requirements: Vec<Requirement>,
     pub(super) rules: Vec<(RouteMatch, Option<usize>)>,
-    pub(super) named: BTreeMap<Box<str>, usize>,
+    pub(super) named: Named,
     /// `filter_state_rules`: a key of the filter state, and the requirements that its values stand for where no rule fits.
-    pub(super) by_state: Option<(Box<str>, BTreeMap<Box<str>, usize>)>,
+    pub(super) by_state: Option<(Box<str>, Named)>,
     pub(super) bypass_cors_preflight: bool,
     /// Clients are not told what is wrong with their tokens.
     pub(super) strip_failure_response: bool,
