@@ -176,8 +176,15 @@ fn reset_through(kind: Kind, by_host: bool) -> Result<String> {
     }
     let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
     let port = free_port()?;
-    let yaml = Bootstrap::new().tcp(port, "app").cluster("app", &[listener.local_addr()?.port()], &[]).yaml();
-    let _daemon = Daemon::start(kind, &yaml)?;
+    let log = scratch_dir()?.join("access.log");
+    let proxy = format!(
+        "cluster: app, access_log: [{{name: file, typed_config: {{\"@type\": \
+         type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: {}, log_format: \
+         {{text_format_source: {{inline_string: \"%RESPONSE_FLAGS%\\n\"}}}}}}}}]",
+        log.display()
+    );
+    let yaml = Bootstrap::new().tcp_of(port, &proxy).cluster("app", &[listener.local_addr()?.port()], &[]).yaml();
+    let daemon = Daemon::start(kind, &yaml)?;
     let client = std::net::TcpStream::connect(("127.0.0.1", port))?;
     let (host, _) = listener.accept()?;
     let (one, other) = if by_host { (host, client) } else { (client, host) };
@@ -190,14 +197,22 @@ fn reset_through(kind: Kind, by_host: bool) -> Result<String> {
     go.send(())?;
     let seen = seen(&other);
     resets.join().map_err(|_| anyhow::anyhow!("the end that resets panicked"))??;
-    Ok(seen)
+    // Both flush on SIGTERM.
+    daemon.signal(Signal::SIGTERM)?;
+    let flags = wait_until(DEADLINE, "a line in the log", || {
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        ensure!(text.ends_with('\n'), "{text}");
+        Ok(text)
+    })?;
+    Ok(format!("{seen} {}", flags.trim_end()))
 }
 
 #[test]
 fn resets_go_through_a_tcp_proxy() -> Result<()> {
     for by_host in [true, false] {
         let [envoy, culvert] = [reset_through(Kind::Envoy, by_host)?, reset_through(Kind::Culvert, by_host)?];
-        assert_eq!(envoy, "\"part\" Err(ConnectionReset)", "by the host: {by_host}");
+        let flags = if by_host { "UR" } else { "-" };
+        assert_eq!(envoy, format!("\"part\" Err(ConnectionReset) {flags}"), "by the host: {by_host}");
         assert_eq!(culvert, envoy, "by the host: {by_host}");
     }
     Ok(())

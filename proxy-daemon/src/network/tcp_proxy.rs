@@ -188,6 +188,7 @@ async fn carry(
             () = drained => Ended::Drained,
         }
     };
+    let mut was_reset = false;
     let ended = if let Some(tunneling) = &proxy.config.tunneling {
         Box::pin(tunnel::carry(downstream, proxy, (tunneling, asked), &cluster, info, ends, &mut outcome)).await
     } else if let Some(mut upstream) = dial(proxy, (&cluster, asked), info, &mut outcome).await {
@@ -214,7 +215,8 @@ async fn carry(
         };
         upstream.by_host = ended == Ended::Upstream || ended == Ended::Whole && relay.host_was_last;
         (outcome.received, outcome.sent) = relay.end();
-        if relay.was_reset {
+        was_reset = relay.was_reset;
+        if was_reset {
             // Otherwise what was cut off would look whole.
             match ended {
                 Ended::Upstream => downstream.reset_on_close(),
@@ -230,7 +232,10 @@ async fn carry(
         Ended::Whole | Ended::Drained | Ended::HostFailed => {}
         Ended::Idle => proxy.stats.idle_timeout.inc(),
         Ended::TooOld => proxy.stats.max_downstream_connection_duration.inc(),
+        // Envoy has no flag for that.
+        Ended::Downstream if was_reset => {}
         Ended::Downstream => outcome.flags |= ResponseFlags::DC,
+        Ended::Upstream if was_reset => outcome.flags |= ResponseFlags::UR,
         Ended::Upstream => outcome.flags |= ResponseFlags::UC,
     }
     // A tunnel's connection counts its own.

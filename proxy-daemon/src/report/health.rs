@@ -57,6 +57,11 @@ impl Target {
         let healths = || self.checkers.iter().map(|(_, checker)| checker.health());
         healths().find(|health| !health.healthy).or_else(|| healths().next_back()).unwrap_or_default()
     }
+
+    /// Whether anything is said of it: of an endpoint with `disable_active_health_check` nothing is known.
+    fn is_checked(&self) -> bool {
+        !self.endpoint.check.as_ref().is_some_and(|check| check.disabled)
+    }
 }
 
 /// What was checked before, by the cluster's name and the endpoint's address; with where connections came from.
@@ -129,8 +134,8 @@ impl Cluster {
                     (message.clone(), HealthChecker::start(config, target, health, stats, traffic))
                 })
             };
-            let disabled = check.is_some_and(|check| check.disabled);
-            let checkers = wanted.checks.iter().filter(|_| !disabled).map(checker).collect();
+            let is_checked = !check.is_some_and(|check| check.disabled);
+            let checkers = wanted.checks.iter().filter(|_| is_checked).map(checker).collect();
             Target { endpoint, checkers }
         };
         let localities = wanted.localities.iter().map(|(locality, endpoints)| {
@@ -145,7 +150,7 @@ impl Cluster {
             let Locality { region, zone, sub_zone } = locality.clone();
             LocalityEndpointsHealth {
                 locality: Some(ProtoLocality { region, zone, sub_zone }),
-                endpoints_health: targets.iter().map(endpoint_health).collect(),
+                endpoints_health: targets.iter().filter(|target| target.is_checked()).map(endpoint_health).collect(),
             }
         };
         ClusterEndpointsHealth {
