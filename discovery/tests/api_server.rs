@@ -504,6 +504,11 @@ async fn a_cluster_does_without_nodes_that_it_may_not_read() {
     let mut watched = Watched::start(config);
     watched.until("the refusal", |cluster| error(cluster).contains("403 Forbidden")).await;
     assert!(watched.now().objects.is_none(), "calls would be without what is stated about them");
+    // Of a kind that is not defined there are none.
+    api.behave(|behaviour| (behaviour.refused, behaviour.undefined) = (None, Some(MANIFESTS)));
+    let hint = |cluster: &Cluster| cluster.health.warnings.iter().any(|text| text.contains("servicemanifests.yaml"));
+    let well = |cluster: &Cluster| endpoints(cluster) == ["1", "2"] && !cluster.health.stale && hint(cluster);
+    watched.until("the endpoints, and what to do", well).await;
 }
 
 /// The addresses of Services that are not selected are not free for other clusters' services.

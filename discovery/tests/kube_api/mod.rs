@@ -51,6 +51,8 @@ pub struct Behaviour {
     pub hangs: bool,
     /// Requests for these are forbidden.
     pub refused: Option<&'static str>,
+    /// There are no such objects here.
+    pub undefined: Option<&'static str>,
 }
 
 impl Default for Behaviour {
@@ -65,6 +67,7 @@ impl Default for Behaviour {
             delay: Duration::ZERO,
             hangs: false,
             refused: None,
+            undefined: None,
         }
     }
 }
@@ -326,7 +329,9 @@ impl Serving {
         if !behaviour.tokens.is_empty() && !token.is_some_and(|token| behaviour.tokens.contains(token)) {
             return refuse(401, "Unauthorized", "Unauthorized");
         }
-        let Some(resource) = [SERVICES, SLICES, PODS, NODES, MANIFESTS].into_iter().find(|known| *known == path) else {
+        let mut defined =
+            [SERVICES, SLICES, PODS, NODES, MANIFESTS].into_iter().filter(|it| behaviour.undefined != Some(*it));
+        let Some(resource) = defined.find(|known| *known == path) else {
             return refuse(404, "NotFound", "the server could not find the requested resource");
         };
         if behaviour.refused == Some(resource) {

@@ -310,6 +310,11 @@ impl InterceptionConfig {
         outbound.into_iter().chain(inbound).collect()
     }
 
+    /// Whether pods' connections may come back over interfaces that are named.
+    pub(super) fn has_uplinks(&self) -> bool {
+        !self.interfaces.is_empty() && !self.uplinks.is_empty()
+    }
+
     /// Whether any pod may have connections that go this way.
     pub(super) fn redirects(&self, direction: u32) -> bool {
         let selectors = self.enrolment.iter().flat_map(|enrolment| &enrolment.selectors);

@@ -225,13 +225,10 @@ impl Shared {
     pub(super) fn news(&self, location: String) -> News {
         let state = &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // What is said of nodes and secrets is not worth a cluster where it may not be read, and of a kind that is not defined there are none.
+        let says = |kind: &KindState, text: &str| kind.failing.as_ref().is_some_and(|(_, error)| error.contains(text));
+        let is_undefined = |name: &str, kind: &KindState| name == ServiceManifest::KIND && says(kind, "404 Not Found");
         let can_wait = |name: &str, kind: &KindState| {
-            let says = |text: &str| kind.failing.as_ref().is_some_and(|(_, error)| error.contains(text));
-            match name {
-                Node::KIND | Secret::KIND => says("403 Forbidden"),
-                ServiceManifest::KIND => says("404 Not Found"),
-                _ => false,
-            }
+            [Node::KIND, Secret::KIND].contains(&name) && says(kind, "403 Forbidden") || is_undefined(name, kind)
         };
         let read = state.kinds.iter().all(|(name, kind)| kind.read || can_wait(name, kind));
         let changed = read && std::mem::take(&mut state.objects_changed);
@@ -239,8 +236,16 @@ impl Shared {
             state.tidy_up(Instant::now());
         }
         let objects = changed.then(|| Arc::new(state.objects.clone()));
-        let failing: Vec<_> =
-            state.kinds.iter().filter_map(|(name, kind)| Some((name, kind.failing.as_ref()?))).collect();
+        let undefined = state.kinds.iter().filter(|(name, kind)| is_undefined(name, kind));
+        let warnings: Vec<_> = undefined
+            .filter_map(|(_, kind)| Some(format!("cluster {}: {}", self.cluster, kind.failing.as_ref()?.1)))
+            .collect();
+        let failing: Vec<_> = state
+            .kinds
+            .iter()
+            .filter(|(name, kind)| !is_undefined(name, kind))
+            .filter_map(|(name, kind)| Some((name, kind.failing.as_ref()?)))
+            .collect();
         let mut errors: Vec<&str> = failing.iter().map(|(_, (_, error))| &**error).collect();
         errors.dedup();
         let error = match (&*failing, &*errors) {
@@ -278,7 +283,7 @@ impl Shared {
             error,
             stale_since: since.map(|since| format!("{since:.0}")),
             file_errors: wrong,
-            warnings: Vec::new(),
+            warnings,
         };
         News { objects, read, health }
     }

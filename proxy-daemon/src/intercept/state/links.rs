@@ -75,7 +75,7 @@ impl State {
     /// that is not on the node. Without `original_src` none need be named.
     pub(super) fn look_at_uplinks(&mut self) {
         let attached = self.attachments.values().any(|attachment| attachment.direction == Direction::Inbound);
-        let fault = match attached || self.waits.is_some() || self.config.uplinks.is_empty() || self.is_followed() {
+        let fault = match attached || self.waits.is_some() || !self.config.has_uplinks() || self.is_followed() {
             true => None,
             false => ELSEWHERE.into_iter().find_map(|address| {
                 let index = self.netlink.route_to(address).ok()??;

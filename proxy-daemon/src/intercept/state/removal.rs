@@ -17,7 +17,8 @@ impl State {
         }
         // Who marked it and died takes over nothing.
         let next = self.config.pin_path.join(NEXT);
-        if next.exists() && Lease::take(&next).is_ok_and(|lease| !lease.is_held()) {
+        let is_ours = self.next.as_ref().is_some_and(Lease::is_held);
+        if !is_ours && next.exists() && Lease::take(&next).is_ok_and(|lease| !lease.is_held()) {
             return true;
         }
         self.others_are_pinned()
@@ -61,27 +62,29 @@ impl State {
         for (_, attachment) in self.attachments.drain() {
             failures.extend(attachment.detach().err());
         }
-        // Maps last: they tell that somebody is there.
-        let mut directories = ["links", "cgroups"].map(|name| self.config.pin_path.join(name)).to_vec();
-        directories.extend(map_directories(&self.config.pin_path));
-        for directory in directories {
-            failures.extend(remove_pins(&directory).err().map(|error| format!("{}: {error}", directory.display())));
-        }
-        let _ = fs::remove_dir(next);
-        self.next = None;
-        self.alive = None;
-        succession::remove_stale_marks(&self.config.pin_path);
-        if let Err(error) = fs::remove_dir(&self.config.pin_path)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            failures.push(format!("{}: {error}", self.config.pin_path.display()));
-        }
+        let removed =
+            |directory: PathBuf| remove_pins(&directory).err().map(|error| format!("{}: {error}", directory.display()));
+        failures
+            .extend(["links", "cgroups"].map(|name| self.config.pin_path.join(name)).into_iter().filter_map(removed));
         for is_ipv6 in std::mem::take(&mut self.routed) {
             let (mark, table) = (self.config.mark, self.config.route_table);
             let rule = self.netlink.delete_rule(is_ipv6, mark, table);
             failures.extend(rule.err().map(|error| format!("rule of mark {mark:#x}: {error}")));
             let route = self.netlink.delete_local_route(is_ipv6, table, self.loopback);
             failures.extend(route.err().map(|error| format!("route of table {table}: {error}")));
+        }
+        // Last what tells that somebody is there.
+        failures.extend(map_directories(&self.config.pin_path).into_iter().filter_map(removed));
+        let _ = fs::remove_dir(next);
+        self.next = None;
+        self.alive = None;
+        succession::remove_stale_marks(&self.config.pin_path);
+        // The mark of a daemon that lives, which takes over now, stays.
+        let in_use = [io::ErrorKind::NotFound, io::ErrorKind::DirectoryNotEmpty];
+        if let Err(error) = fs::remove_dir(&self.config.pin_path)
+            && !in_use.contains(&error.kind())
+        {
+            failures.push(format!("{}: {error}", self.config.pin_path.display()));
         }
         if failures.is_empty() { Ok(()) } else { Err(InterceptError::Remove(failures.join("; "))) }
     }

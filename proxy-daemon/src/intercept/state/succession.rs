@@ -120,7 +120,10 @@ impl State {
         self.hooks.iter_mut().for_each(Hooks::attach_anew);
         // The other one's programs connected sockets, and it was told of pods.
         self.inherits_sockets = true;
-        self.recall()?;
+        // It may have been written by a later release: what this daemon knows has to do.
+        if let Err(error) = self.recall() {
+            tracing::warn!(%error, "what was enrolled by command meanwhile is not known");
+        }
         self.reconcile_addresses()?;
         self.reconcile_pods();
         self.take_over()
