@@ -32,6 +32,8 @@ const PATIENCE: u32 = 5;
 const KNOWN_AFTER: u32 = 3;
 /// What comes sooner has not come from the server: it is in `/etc/hosts`, or was kept.
 const NOT_ASKED: Duration = Duration::from_micros(50);
+/// Whoever gives a look-up up after this has waited in vain.
+const GIVEN_UP: Duration = Duration::from_millis(100);
 /// A server that has failed is tried aside again after this.
 const PROBED_AFTER: Duration = Duration::from_secs(5);
 /// The log is told again of a server that does not answer after this.
@@ -204,7 +206,9 @@ impl Server {
             Some(attempt) => self.record().patience(attempt, self.timeout),
             None => self.timeout,
         };
+        let mut question = Question { server: self, asked: started, open: true };
         let asked = tokio::time::timeout(patience, self.answer(name)).await;
+        question.open = false;
         let answer = asked.unwrap_or(Err(NetError::Timeout));
         let mut record = self.record();
         match &answer {
@@ -234,6 +238,22 @@ impl Server {
                 over_tcp.lookup_ip(name).await.or(found)
             }
             _ => found,
+        }
+    }
+}
+
+/// One to a server. Where whoever asks gives it up after a while (`dns_query_timeout` of a cache of names), the server has failed to answer:
+/// otherwise every look-up would begin with it, and end there.
+struct Question<'a> {
+    server: &'a Server,
+    asked: Instant,
+    open: bool,
+}
+
+impl Drop for Question<'_> {
+    fn drop(&mut self) {
+        if self.open && self.asked.elapsed() >= GIVEN_UP {
+            self.server.record().failed(Instant::now());
         }
     }
 }
@@ -321,6 +341,17 @@ mod tests {
             }
         });
         (address, asked)
+    }
+
+    #[tokio::test]
+    async fn who_is_given_up_is_asked_last() {
+        let ((silent, _), (answers, _)) = (name_server(false).await, name_server(true).await);
+        let timeout = Duration::from_secs(60);
+        let servers = DnsServers { servers: vec![silent, answers], timeout, no_search: true, ..DnsServers::default() };
+        let servers = Servers::new(&servers, DnsLookupFamily::V4Only).unwrap().unwrap();
+        assert!(tokio::time::timeout(2 * GIVEN_UP, servers.look_up("a.test.")).await.is_err(), "nobody answers");
+        let answer = tokio::time::timeout(Duration::from_secs(30), servers.look_up("a.test.")).await;
+        assert!(answer.expect("the other one is asked").unwrap_err().is_no_records_found());
     }
 
     #[tokio::test]
