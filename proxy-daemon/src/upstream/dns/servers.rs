@@ -3,22 +3,28 @@
 
 use std::{
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use hickory_resolver::{
-    TokioResolver,
+    Resolver,
     config::{LookupIpStrategy, NameServerConfig, ProtocolConfig, ResolveHosts, ResolverConfig, ResolverOpts},
     lookup_ip::LookupIp,
-    net::{DnsError, NetError, runtime::TokioRuntimeProvider},
+    net::{
+        DnsError, NetError,
+        runtime::{DnsUdpSocket, RuntimeProvider, TokioRuntimeProvider, TokioTime},
+    },
     proto::op::ResponseCode,
     system_conf::parse_resolv_conf,
 };
+use tokio::{io::Interest, net::UdpSocket};
 
 use crate::config::model::{DnsLookupFamily, DnsServers};
 
@@ -55,13 +61,81 @@ pub(super) struct Servers {
 #[derive(Debug)]
 struct Server {
     address: IpAddr,
-    resolver: TokioResolver,
+    resolver: Resolver<Connected>,
     /// The same by TCP, for answers of which only the beginning came.
-    over_tcp: Option<TokioResolver>,
+    over_tcp: Option<Resolver<Connected>>,
     caches: bool,
     /// The longest that it is waited for.
     timeout: Duration,
     record: Mutex<Record>,
+}
+
+/// Tokio's sockets, those of UDP connected: so the kernel tells of a server that is not there, which would be waited for otherwise.
+#[derive(Clone, Default)]
+struct Connected(TokioRuntimeProvider);
+
+type Opened<S> = Pin<Box<dyn Future<Output = io::Result<S>> + Send>>;
+
+impl RuntimeProvider for Connected {
+    type Handle = <TokioRuntimeProvider as RuntimeProvider>::Handle;
+    type Timer = <TokioRuntimeProvider as RuntimeProvider>::Timer;
+    type Udp = Told;
+    type Tcp = <TokioRuntimeProvider as RuntimeProvider>::Tcp;
+
+    fn create_handle(&self) -> Self::Handle {
+        self.0.create_handle()
+    }
+
+    fn connect_tcp(&self, server: SocketAddr, bind: Option<SocketAddr>, limit: Option<Duration>) -> Opened<Self::Tcp> {
+        self.0.connect_tcp(server, bind, limit)
+    }
+
+    fn bind_udp(&self, local: SocketAddr, server: SocketAddr) -> Opened<Self::Udp> {
+        let bound = self.0.bind_udp(local, server);
+        Box::pin(async move {
+            let socket = bound.await?;
+            // Linux lets a connected socket be told where to send to all the same.
+            socket.connect(server).await?;
+            Ok(Told(socket))
+        })
+    }
+}
+
+/// A connected socket, which wakes whoever receives when there is an error as well: Tokio does so only when something can be read.
+struct Told(UdpSocket);
+
+type Received<'a> = Pin<Box<dyn Future<Output = io::Result<(usize, SocketAddr)>> + Send + 'a>>;
+
+impl DnsUdpSocket for Told {
+    type Time = TokioTime;
+
+    fn poll_recv_from(&self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<(usize, SocketAddr)>> {
+        DnsUdpSocket::poll_recv_from(&self.0, cx, buf)
+    }
+
+    fn recv_from<'a, 'b, 'c>(&'a self, buf: &'b mut [u8]) -> Received<'c>
+    where
+        'a: 'c,
+        'b: 'c,
+        Self: 'c,
+    {
+        Box::pin(async move {
+            tokio::select! {
+                biased;
+                received = self.0.recv_from(buf) => return received,
+                ready = self.0.ready(Interest::ERROR) => drop(ready?),
+            }
+            match self.0.take_error()? {
+                Some(error) => Err(error),
+                // Somebody has had it.
+                None => self.0.recv_from(buf).await,
+            }
+        })
+    }
+
+    fn poll_send_to(&self, cx: &mut Context<'_>, buf: &[u8], target: SocketAddr) -> Poll<io::Result<usize>> {
+        self.0.poll_send_to(cx, buf, target)
+    }
 }
 
 /// What is known of a server.
@@ -118,7 +192,7 @@ impl Servers {
         }
         let resolver = |server: NameServerConfig| {
             let config = ResolverConfig::from_parts(domain.clone(), search.clone(), vec![server]);
-            let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
+            let mut builder = Resolver::builder_with_config(config, Connected::default());
             *builder.options_mut() = options.clone();
             builder.build()
         };
@@ -322,7 +396,7 @@ mod tests {
     }
 
     /// Answers every question, after a pause, with that there is no such name.
-    async fn name_server(answers: bool) -> (std::net::SocketAddr, Arc<AtomicUsize>) {
+    async fn name_server(answers: bool) -> (SocketAddr, Arc<AtomicUsize>) {
         let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let (address, asked) = (socket.local_addr().unwrap(), Arc::new(AtomicUsize::default()));
         let count = Arc::clone(&asked);
@@ -366,5 +440,19 @@ mod tests {
         assert!(before > 0, "the first one comes first");
         assert!(look_up().await && look_up().await);
         assert_eq!(asked.load(Relaxed), before, "the first one comes last now");
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_a_server_that_is_not_there() {
+        // Somebody had that port, and nobody has it now.
+        let gone = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let (answers, _) = name_server(true).await;
+        let timeout = Duration::from_secs(60);
+        let servers = DnsServers { servers: vec![gone, answers], timeout, no_search: true, ..DnsServers::default() };
+        let servers = Servers::new(&servers, DnsLookupFamily::V4Only).unwrap().unwrap();
+        let began = Instant::now();
+        assert!(servers.look_up("a.test.").await.unwrap_err().is_no_records_found(), "the second one answers");
+        assert!(began.elapsed() < timeout / 2, "{:?}", began.elapsed());
+        assert_eq!(servers.list.iter().map(|server| server.record().failures).collect::<Vec<_>>(), [1, 0]);
     }
 }
