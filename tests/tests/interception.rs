@@ -254,7 +254,7 @@ fn an_uplink_that_is_not_there_keeps_the_node_from_being_ready() -> Result<()> {
     let mut daemon = stage.daemon(&bootstrap, &[])?;
     stage.wait_until_ready(&mut daemon)?;
     call(&stage.pod, &urls(&stage.far)[0])?;
-    // The lab's nodes have none, and lose it with the interface's name in no case.
+    // Only who sends elsewhere misses answers from there.
     stage.node.run(&["ip", "route", "replace", "default", "dev", "eth0"])?.success()?;
     stage.node.run(&["ip", "link", "set", "eth0", "name", "up0"])?.success()?;
     wait_until(DEADLINE, "/ready to say what is missing", || {
