@@ -225,10 +225,11 @@ impl Shared {
     pub(super) fn news(&self, location: String) -> News {
         let state = &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // What is said of nodes and secrets is not worth a cluster where it may not be read, and of a kind that is not defined there are none.
-        let says = |kind: &KindState, text: &str| kind.failing.as_ref().is_some_and(|(_, error)| error.contains(text));
-        let is_undefined = |name: &str, kind: &KindState| name == ServiceManifest::KIND && says(kind, "404 Not Found");
+        let is_undefined = |name: &str, error: &str| name == ServiceManifest::KIND && error.contains("404 Not Found");
         let can_wait = |name: &str, kind: &KindState| {
-            [Node::KIND, Secret::KIND].contains(&name) && says(kind, "403 Forbidden") || is_undefined(name, kind)
+            let error = kind.failing.as_ref().map_or("", |(_, error)| error);
+            let refused = [Node::KIND, Secret::KIND].contains(&name) && error.contains("403 Forbidden");
+            refused || is_undefined(name, error)
         };
         let read = state.kinds.iter().all(|(name, kind)| kind.read || can_wait(name, kind));
         let changed = read && std::mem::take(&mut state.objects_changed);
@@ -236,16 +237,9 @@ impl Shared {
             state.tidy_up(Instant::now());
         }
         let objects = changed.then(|| Arc::new(state.objects.clone()));
-        let undefined = state.kinds.iter().filter(|(name, kind)| is_undefined(name, kind));
-        let warnings: Vec<_> = undefined
-            .filter_map(|(_, kind)| Some(format!("cluster {}: {}", self.cluster, kind.failing.as_ref()?.1)))
-            .collect();
-        let failing: Vec<_> = state
-            .kinds
-            .iter()
-            .filter(|(name, kind)| !is_undefined(name, kind))
-            .filter_map(|(name, kind)| Some((name, kind.failing.as_ref()?)))
-            .collect();
+        let failing = state.kinds.iter().filter_map(|(name, kind)| Some((name, kind.failing.as_ref()?)));
+        let (undefined, failing): (Vec<_>, Vec<_>) = failing.partition(|(name, (_, error))| is_undefined(name, error));
+        let warnings = undefined.iter().map(|(_, (_, error))| format!("cluster {}: {error}", self.cluster)).collect();
         let mut errors: Vec<&str> = failing.iter().map(|(_, (_, error))| &**error).collect();
         errors.dedup();
         let error = match (&*failing, &*errors) {
