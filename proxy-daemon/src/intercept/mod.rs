@@ -48,6 +48,7 @@ pub(crate) mod mark;
 mod netlink;
 pub(crate) mod node_addresses;
 mod pinned;
+pub(crate) mod pod_families;
 mod pods;
 mod probe;
 mod selectors;

@@ -222,14 +222,18 @@ impl Pods {
 
     /// The names of the pods whose addresses are enrolled.
     pub(super) fn names(&self) -> PodNames {
-        let mut names = PodNames::new();
-        for pod in self.known.values() {
-            let mine = pod.addresses.iter().filter(|address| {
+        let of_pod = |pod: &Known| -> Arc<str> { Arc::from(&*pod.name) };
+        self.enrolled().flat_map(|(pod, mine)| mine.into_iter().map(move |address| (*address, of_pod(pod)))).collect()
+    }
+
+    /// Each pod's addresses that are enrolled.
+    pub(super) fn enrolled(&self) -> impl Iterator<Item = (&Known, Vec<&IpAddr>)> {
+        self.known.values().map(|pod| {
+            let is_mine = |address: &&IpAddr| {
                 self.in_force.get(*address).is_some_and(|in_force| in_force.identity == pod.identity)
-            });
-            names.extend(mine.map(|address| (*address, Arc::from(&*pod.name))));
-        }
-        names
+            };
+            (pod, pod.addresses.iter().filter(is_mine).collect())
+        })
     }
 
     /// Every pod, for people.

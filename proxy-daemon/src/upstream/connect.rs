@@ -22,7 +22,7 @@ use tokio_rustls::client::TlsStream;
 use super::{Host, happy_eyeballs};
 use crate::{
     config::model::{ClusterConfig, EndpointAddress, HappyEyeballs, OriginalSrc, TcpKeepalive, UpstreamBind},
-    intercept::{mark, node_addresses},
+    intercept::{mark, node_addresses, pod_families},
     tls::{AlpnFallback, ClientTls, PeerName, TlsInfo},
 };
 
@@ -211,7 +211,7 @@ const APART: RangeInclusive<u16> = 10_240..=29_999;
 const TRIES: usize = 8;
 
 async fn connect_tcp(address: SocketAddr, how: SocketSettings<'_>) -> Result<UpstreamStream, ConnectError> {
-    let how = SocketSettings { source: how.source.filter(|source| can_lend(source.address, address)), ..how };
+    let how = SocketSettings { source: how.source.and_then(|source| lent(source, address)), ..how };
     let mut tries = if how.source.is_some() { TRIES } else { 0 };
     let socket = loop {
         let port = if tries > 0 { fastrand::u16(APART) } else { 0 };
@@ -265,6 +265,15 @@ fn begin_tcp(to: SocketAddr, how: SocketSettings<'_>, port: u16) -> Result<Socke
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(ConnectError::Unreachable(to, error)),
         _ => Ok(socket),
     }
+}
+
+/// The address that a connection keeps, of the family of the one that it goes to: a pod may have both. `None`: it is made in the node's name.
+fn lent(source: Source, to: SocketAddr) -> Option<Source> {
+    let address = match source.address.is_ipv4() == to.is_ipv4() {
+        true => source.address,
+        false => pod_families::other(source.address)?,
+    };
+    can_lend(address, to).then_some(Source { address, ..source })
 }
 
 /// Whether a connection to an address can be made in the client's name; where not, it is made in the node's.

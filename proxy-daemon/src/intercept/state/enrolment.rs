@@ -10,6 +10,7 @@ use crate::intercept::commanded::{self, Commanded};
 use crate::intercept::config::{FailurePolicy, Policy, Traffic};
 use crate::intercept::error::InterceptError;
 use crate::intercept::netlink::Link;
+use crate::intercept::pod_families;
 use crate::intercept::pods::{Known, Origin, Place, PodStatus, acceleration_of_name};
 
 impl State {
@@ -61,6 +62,7 @@ impl State {
                 None => Place::Missing("no interface: it has just gone".to_owned()),
             }
         });
+        pod_families::note(self.pods.enrolled().map(|(_, addresses)| addresses));
         let names = self.pods.names();
         if **self.pod_names.load() != names {
             self.pod_names.store(Arc::new(names));
