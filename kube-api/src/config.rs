@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use crate::selector;
+
 /// An API server, who discovery is to it, and what is read.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,6 +83,13 @@ impl KubernetesConfig {
         let wheres = [self.kubeconfig.is_some(), self.in_cluster, self.server.is_some()];
         if wheres.into_iter().filter(|given| *given).count() != 1 {
             return Err("kubernetes: one of `kubeconfig`, `in_cluster: true` and `server` is needed".to_owned());
+        }
+        for (field, selector) in [
+            ("service_selector", &self.service_selector),
+            ("endpoint_slice_selector", &self.endpoint_slice_selector),
+            ("pod_selector", &self.pod_selector),
+        ] {
+            selector::check(selector).map_err(|error| format!("kubernetes.{field}: {error}"))?;
         }
         let whos = [self.token_file.is_some(), self.exec.is_some(), self.aws_iam.is_some()];
         if whos.into_iter().filter(|given| *given).count() > 1 {
@@ -165,6 +174,14 @@ mod tests {
             ("{in_cluster: true, exec: {command: ''}}", "kubernetes.exec.command"),
             ("{in_cluster: true, aws_iam: {cluster: 'a b', region: r}}", "kubernetes.aws_iam.cluster"),
             ("{in_cluster: true, kubeconf: /k}", "kubeconf"),
+            (
+                "{in_cluster: true, service_selector: 'mesh in (yes'}",
+                "kubernetes.service_selector: `mesh in (yes`: `)` is missing",
+            ),
+            (
+                "{in_cluster: true, pod_selector: 'a,b c'}",
+                "kubernetes.pod_selector: `b c` of `a,b c`: `b c` is not the name of a label",
+            ),
         ] {
             let error = check(bad).unwrap_err();
             assert!(error.contains(expected), "{bad}: {error:?} does not contain {expected:?}");

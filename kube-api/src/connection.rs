@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fmt::Write as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -13,8 +14,8 @@ use http_body_util::BodyExt as _;
 use kube::client::{Body, ClientBuilder};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde::Deserialize;
-use tokio::sync::Mutex;
-use tokio::time::timeout;
+use tokio::sync::{Mutex, Notify};
+use tokio::time::{Instant, timeout};
 
 use crate::auth::{AuthError, AwsIam, ClusterAuth, Credential, Exec, Fixed, Identity, TokenFile};
 use crate::config::KubernetesConfig;
@@ -25,6 +26,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a body may pause.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often it is told at most that requests succeed again.
+const BETWEEN_RECOVERIES: Duration = Duration::from_secs(3);
 /// The largest body that is read as a whole, in bytes.
 const MAX_BODY: usize = 512 * 1024 * 1024;
 /// The most that is read of an answer that is an error.
@@ -71,6 +74,12 @@ pub struct Access {
     location: std::sync::Mutex<String>,
     /// Locked while credentials are got, and not while a request is answered.
     connection: Mutex<Option<Connection>>,
+    /// Whether the last request has failed.
+    failed: AtomicBool,
+    /// Tells that requests succeed again.
+    recovered: Notify,
+    /// When it was told last.
+    told: std::sync::Mutex<Option<Instant>>,
 }
 
 struct Connection {
@@ -84,7 +93,14 @@ impl Access {
     /// Nothing is read or asked before the first request.
     pub fn new(config: KubernetesConfig) -> Self {
         let location = std::sync::Mutex::new(config.location());
-        Self { config, location, connection: Mutex::new(None) }
+        Self {
+            config,
+            location,
+            connection: Mutex::new(None),
+            failed: AtomicBool::new(false),
+            recovered: Notify::new(),
+            told: std::sync::Mutex::new(None),
+        }
     }
 
     /// The URL of the API server, or what leads to it.
@@ -100,8 +116,27 @@ impl Access {
         }
     }
 
+    /// Waits until a request has succeeded after one that had not: what kept others from succeeding may be over, too.
+    pub async fn recovered(&self) {
+        self.recovered.notified().await;
+    }
+
     /// Asks for `path`. A credential that is refused is got anew once.
     pub async fn get(&self, path: &str) -> Result<Response<Body>, RequestError> {
+        let answer = self.ask(path).await;
+        let had_failed = self.failed.swap(answer.is_err(), Ordering::Relaxed);
+        if had_failed && answer.is_ok() {
+            let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+            // Where some requests fail for good, the others are no news each time.
+            if told.is_none_or(|told| told.elapsed() >= BETWEEN_RECOVERIES) {
+                *told = Some(Instant::now());
+                self.recovered.notify_waiters();
+            }
+        }
+        answer
+    }
+
+    async fn ask(&self, path: &str) -> Result<Response<Body>, RequestError> {
         let (client, auth, credential) = self.prepare().await?;
         let refusal = match send_as(&client, path, &credential).await {
             Err(error @ RequestError::Status { status: StatusCode::UNAUTHORIZED, .. }) => error,
@@ -188,6 +223,22 @@ async fn locate(config: &KubernetesConfig) -> Result<(kube::Config, Arc<dyn Clus
     if let Some(path) = &config.kubeconfig {
         let failed = |error: &dyn Error| RequestError::Config(format!("{}: {}", path.display(), chain(error)));
         let kubeconfig = Kubeconfig::read_from(path).map_err(|error| failed(&error))?;
+        let stated = config.context.as_ref().or(kubeconfig.current_context.as_ref()).filter(|name| !name.is_empty());
+        let named: Vec<_> = kubeconfig.contexts.iter().map(|context| &*context.name).collect();
+        let known = match named.is_empty() {
+            true => "it has none".to_owned(),
+            false => format!("it has {}", named.join(", ")),
+        };
+        let wrong = match stated {
+            None => format!("it has no current-context, and `context` names none; {known}"),
+            Some(name) if !named.contains(&&**name) => {
+                format!("there is no context `{}`; {known}", name.escape_debug())
+            }
+            Some(_) => String::new(),
+        };
+        if !wrong.is_empty() {
+            return Err(RequestError::Config(format!("{}: {wrong}", path.display())));
+        }
         let options = KubeConfigOptions { context: config.context.clone(), ..Default::default() };
         let found = kube::Config::from_custom_kubeconfig(kubeconfig, &options).await;
         let mut found = found.map_err(|error| failed(&error))?;
@@ -405,6 +456,39 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_waits_is_told_when_requests_succeed_again() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = Some(format!("http://{}", listener.local_addr().unwrap()));
+        tokio::spawn(async move {
+            for status in ["200 OK", "503 Service Unavailable", "200 OK"] {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(stream.read_u8().await.unwrap());
+                }
+                let answer = format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{{}}");
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+        });
+        let access = Arc::new(Access::new(KubernetesConfig { server, ..Default::default() }));
+        let waiting = tokio::spawn({
+            let access = Arc::clone(&access);
+            async move { access.recovered().await }
+        });
+        tokio::task::yield_now().await;
+        for (succeeds, told) in [(true, false), (false, false), (true, true)] {
+            assert_eq!(access.get("/version").await.is_ok(), succeeds);
+            if told {
+                break;
+            }
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished(), "nothing is better than before");
+        }
+        timeout(Duration::from_secs(10), waiting).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
     async fn users_of_kubeconfigs() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("kubeconfig");
@@ -426,10 +510,15 @@ mod tests {
         assert_eq!(connection.auth.credential().await, Credential::bearer("t1"));
         let connection = Connection::new(&config(Some("b"))).await.unwrap();
         assert_eq!(connection.auth.credential().await, Credential::bearer("t2"));
-        for (context, expected) in [("d", "auth-provider `oidc` is not supported"), ("e", "e")] {
+        for (context, expected) in
+            [("d", "auth-provider `oidc` is not supported"), ("e", "there is no context `e`; it has a, b, d")]
+        {
             let error = Connection::new(&config(Some(context))).await.err().unwrap().to_string();
             assert!(error.contains(expected), "{error}");
         }
+        std::fs::write(&path, text.replace("current-context: a,", "")).unwrap();
+        let error = Connection::new(&config(None)).await.err().unwrap().to_string();
+        assert!(error.ends_with("it has no current-context, and `context` names none; it has a, b, d"), "{error}");
         std::fs::write(&path, "{").unwrap();
         let error = Connection::new(&config(None)).await.err().unwrap().to_string();
         assert!(error.contains("kubeconfig") && !error.contains('\n'), "{error}");

@@ -6,6 +6,7 @@ pub mod auth;
 pub mod config;
 pub mod connection;
 pub mod directory;
+mod selector;
 pub mod watch;
 
 pub use config::KubernetesConfig;

@@ -223,7 +223,12 @@ impl<O: Objects> Watch<O> {
                     }
                 }
             }
-            sleep(pause(failures).max(at_least)).await;
+            sleep(at_least).await;
+            tokio::select! {
+                () = sleep(pause(failures).saturating_sub(at_least)) => {}
+                // What was wrong with another kind's objects is over.
+                () = self.access.recovered() => {}
+            }
             failures = failures.saturating_add(1);
         }
     }
