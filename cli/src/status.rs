@@ -209,20 +209,26 @@ fn proxies(status: &Value) -> Vec<Vec<String>> {
     list(&status["clients"]).iter().map(row).collect()
 }
 
+/// Clusters that cannot be read at present.
+pub fn unread(status: &Value) -> Vec<String> {
+    list(&status["clusters"]).iter().filter_map(unread_of).collect()
+}
+
+fn unread_of(cluster: &Value) -> Option<String> {
+    let name = cell(&cluster["name"]);
+    match (cluster["source"]["error"].as_str(), cluster["read"] == false) {
+        (Some(error), true) => Some(format!("cluster {name}: {error}; it has never been read, and is left out")),
+        (Some(error), false) => Some(format!("cluster {name}: {error}; its last objects stay in force")),
+        (None, true) => Some(format!("cluster {name}: not all of it has been read yet; it is left out")),
+        (None, false) => None,
+    }
+}
+
 fn problems(status: &Value) -> Vec<String> {
     let mut problems = Vec::new();
     for cluster in list(&status["clusters"]) {
-        let (name, source) = (cell(&cluster["name"]), &cluster["source"]);
-        if let Some(error) = source["error"].as_str() {
-            let meanwhile = if cluster["read"] == false {
-                "it has never been read, and is left out"
-            } else {
-                "its last objects stay in force"
-            };
-            problems.push(format!("cluster {name}: {error}; {meanwhile}"));
-        } else if cluster["read"] == false {
-            problems.push(format!("cluster {name}: not all of it has been read yet; it is left out"));
-        }
+        let source = &cluster["source"];
+        problems.extend(unread_of(cluster));
         for file in list(&source["file_errors"]) {
             let kept = if file["last_good_in_force"] == true {
                 "the last good version stays in force"

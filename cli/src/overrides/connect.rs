@@ -4,9 +4,8 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
@@ -92,8 +91,33 @@ struct Wanted {
     authority: String,
     /// Tells this program's connection to an address from others'.
     session: String,
-    /// The port of discovery that the last connection had, which proxies may still know; 0: there was none.
-    port: AtomicU16,
+    /// The port of discovery that the last tunnel had, which proxies may still know.
+    port: Mutex<LastPort>,
+}
+
+/// The port of the last tunnel.
+#[derive(Debug, Default)]
+struct LastPort {
+    /// 0: there was none.
+    number: u16,
+    /// Since when the tunnel is lost, by the clock on the wall: others go slower while a machine sleeps.
+    lost: Option<SystemTime>,
+}
+
+impl LastPort {
+    /// What discovery is told, 0 after the time in which it gives the port to nobody else: proxies may know it as another one's since.
+    fn claim(&self) -> u16 {
+        // It may have noticed before we have.
+        let ours = tunnels::QUARANTINE - tunnels::PING - tunnels::PING_TIMEOUT;
+        let is_ours = self.lost.is_none_or(|lost| lost.elapsed().is_ok_and(|ago| ago < ours));
+        if is_ours { self.number } else { 0 }
+    }
+}
+
+impl Wanted {
+    fn with_port<T>(&self, act: impl FnOnce(&mut LastPort) -> T) -> T {
+        act(&mut self.port.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// What happened to a connection.
@@ -246,7 +270,7 @@ impl Connector<'_> {
                         token: self.token.clone(),
                         authority: self.authority.clone(),
                         session: format!("{:016x}-{address}", self.session),
-                        port: AtomicU16::new(0),
+                        port: Mutex::default(),
                     };
                     let task = tasks.spawn(keep_connected(key, Arc::new(wanted), events.clone()));
                     State { open: false, told: false, task }
@@ -326,6 +350,7 @@ async fn keep_connected(key: Key, wanted: Arc<Wanted>, events: mpsc::Sender<(Key
     loop {
         let down = connect(key, &wanted, &events).await;
         if matches!(down, Down::Lost) {
+            wanted.with_port(|port| port.lost = Some(SystemTime::now()));
             pause = Duration::from_millis(250);
         }
         if events.send((key, Event::Down(down))).await.is_err() {
@@ -389,7 +414,7 @@ async fn open(address: SocketAddr, wanted: &Wanted) -> Result<(String, u64, hype
         .header(tunnels::SERVICE, &wanted.target.service)
         .header(tunnels::REVISION, &wanted.revision)
         .header(tunnels::SESSION, &wanted.session)
-        .header(tunnels::PORT, wanted.port.load(Relaxed))
+        .header(tunnels::PORT, wanted.with_port(|port| port.claim()))
         .body(Empty::<Bytes>::new())
         .map_err(|error| away(&error))?;
     let response = requests.send_request(request).await.map_err(|error| away(&error))?;
@@ -400,7 +425,8 @@ async fn open(address: SocketAddr, wanted: &Wanted) -> Result<(String, u64, hype
         return Err(Down::Refused(refusal(status.as_u16(), &body)));
     }
     let told = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
-    wanted.port.store(told(tunnels::PORT).and_then(|port| port.parse().ok()).unwrap_or_default(), Relaxed);
+    let number = told(tunnels::PORT).and_then(|port| port.parse().ok()).unwrap_or_default();
+    wanted.with_port(|port| *port = LastPort { number, lost: None });
     // Older replicas do not say it.
     let wait = told(tunnels::WAIT).and_then(|wait| wait.parse().ok()).unwrap_or_default();
     let cluster = told(tunnels::CLUSTER);
@@ -463,6 +489,15 @@ mod tests {
         {
             assert!(parse_target(text).unwrap_err().contains("SERVICE=HOST:PORT"), "{text}");
         }
+    }
+
+    #[test]
+    fn a_port_is_claimed_for_as_long_as_nobody_else_can_have_it() {
+        let claim = |ago: Duration| LastPort { number: 7, lost: Some(SystemTime::now() - ago) }.claim();
+        assert_eq!(LastPort { number: 7, lost: None }.claim(), 7);
+        assert_eq!([1, 25, 30, 3600].map(|seconds| claim(Duration::from_secs(seconds))), [7, 7, 0, 0]);
+        let later = SystemTime::now() + Duration::from_secs(60);
+        assert_eq!(LastPort { number: 7, lost: Some(later) }.claim(), 0, "the clock was set back");
     }
 
     #[test]

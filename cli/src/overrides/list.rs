@@ -19,6 +19,9 @@ Examples:
 A line is a revision of a service in one cluster, with all its pods. `tunnel` as the cluster is a developer's machine
 (`culvert override connect`). Name one of them in a request: `culvert override header --set SERVICE=REVISION`.";
 
+/// The most reasons that are shown why nothing is listed.
+const MOST_REASONS: usize = 10;
+
 /// Flags of `culvert override list`.
 #[derive(Debug, Args)]
 pub struct ListFlags {
@@ -39,9 +42,11 @@ pub fn run(flags: &ListFlags) -> anyhow::Result<String> {
     // Of a service that there is not, nothing could be offloaded.
     services::find(&status, flags.service.as_deref())?;
     let found = deployments(&status, flags.service.as_deref());
-    Ok(flags
-        .from
-        .print(&Value::Array(found.clone()), || text(&found, flags.service.as_deref(), table::terminal_width())))
+    let shown = || match found.is_empty() {
+        true => nothing(&status, flags.service.as_deref()),
+        false => text(&found, table::terminal_width()),
+    };
+    Ok(flags.from.print(&Value::Array(found.clone()), shown))
 }
 
 /// A service's revision in a cluster.
@@ -81,14 +86,28 @@ fn deployments(status: &Value, service: Option<&str>) -> Vec<Value> {
     found.into_iter().map(deployment).collect()
 }
 
-fn text(found: &[Value], service: Option<&str>, width: Option<usize>) -> String {
-    if found.is_empty() {
-        let of = service.map(|name| format!(" of {name}")).unwrap_or_default();
-        return format!(
-            "nothing{of} is offloaded; a pod with the labels culvert.dev/offloaded: \"true\" and culvert.dev/revision: NAME is, \
-             and so is what `culvert override connect` offers\n"
-        );
+/// What to do where nothing is listed; and what is wrong of all that may be the reason.
+fn nothing(status: &Value, service: Option<&str>) -> String {
+    let of = service.map(|name| format!(" of {name}")).unwrap_or_default();
+    let mut text = format!(
+        "nothing{of} is offloaded; a pod with the labels culvert.dev/offloaded: \"true\" and culvert.dev/revision: NAME is, once it is \
+         ready, and so is what `culvert override connect` offers\n"
+    );
+    let warnings = list(&status["warnings"]).iter().map(cell).filter(|warning| warning.starts_with("Pod "));
+    let reasons: Vec<_> = status::unread(status).into_iter().chain(warnings).collect();
+    if !reasons.is_empty() {
+        text.push_str("what may keep one from being listed (`culvert status` has all problems):\n");
     }
+    for reason in reasons.iter().take(MOST_REASONS) {
+        text.push_str(&format!("  {reason}\n"));
+    }
+    if reasons.len() > MOST_REASONS {
+        text.push_str(&format!("  and {} more\n", reasons.len() - MOST_REASONS));
+    }
+    text
+}
+
+fn text(found: &[Value], width: Option<usize>) -> String {
     let joined = |value: &Value| list(value).iter().map(cell).collect::<Vec<_>>().join(",");
     let rows: Vec<Vec<String>> = found
         .iter()
@@ -139,11 +158,29 @@ mod tests {
 
     #[test]
     fn the_table_says_what_to_do_when_there_is_nothing() {
-        let shown = text(&deployments(&status(), None), None, None);
+        let shown = text(&deployments(&status(), None), None);
         let rows: Vec<Vec<_>> = shown.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(rows[1], ["front.shop:80", "y", "east", "shop/f", "10.1.0.7:80", "1970-01-01T00:00:01Z"]);
         assert_eq!(rows[2][..3], ["users.default:80", "me", "tunnel"]);
-        let nothing = text(&deployments(&status(), Some("echo")), Some("echo"), None);
-        assert!(nothing.starts_with("nothing of echo is offloaded; a pod with the labels"), "{nothing}");
+        let text = nothing(&status(), Some("echo"));
+        assert!(
+            text.starts_with("nothing of echo is offloaded; a pod with the labels") && text.lines().count() == 1,
+            "{text}"
+        );
+        let pods: Vec<_> =
+            (0..11).map(|number| format!("Pod default/p{number} in cluster east has no container port")).collect();
+        let mut status = json!({ "warnings": pods, "clusters": [
+            { "name": "east", "read": true, "source": { "error": "Pods: 403 Forbidden" } },
+            { "name": "west", "read": false, "source": {} },
+        ]});
+        status["warnings"].as_array_mut().unwrap().push("10.96.0.1:80 is the address of".into());
+        let text = nothing(&status, None);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[2], "  cluster east: Pods: 403 Forbidden; its last objects stay in force");
+        assert_eq!(lines[3], "  cluster west: not all of it has been read yet; it is left out");
+        assert_eq!(
+            (lines[4], lines.last()),
+            ("  Pod default/p0 in cluster east has no container port", Some(&"  and 3 more"))
+        );
     }
 }

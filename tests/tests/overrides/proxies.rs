@@ -67,6 +67,10 @@ fn a_fixed_target_serves_clients_that_know_no_proxies() -> Result<()> {
     let answer: Value = serde_json::from_str(&body)?;
     assert_eq!((&*status, &answer["revision"], &answer["path"]), ("200", &"feature-x".into(), &"/a".into()));
     assert_eq!(answer["headers"]["host"], format!("127.0.0.1:{}", mesh.port));
+    // As of a phone whose hosts file has the service's name lead here.
+    let (status, body) = curl(&["-H", "host: users.default", &format!("http://{address}/a")])?;
+    let answer: Value = serde_json::from_str(&body)?;
+    assert_eq!((&*status, &answer["headers"]["host"]), ("200", &"users.default".into()));
     Ok(())
 }
 

@@ -20,8 +20,9 @@ use culvert_discovery::overrides::tunnels::relay::relay;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderValue};
+use hyper::http::uri::Authority;
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode, Uri};
+use hyper::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -83,7 +84,8 @@ pub struct Flags {
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8888")]
     listen: SocketAddr,
 
-    /// Send every request there, whatever it names: http://HOST[:PORT]
+    /// Send every request there, whatever it names: http://HOST[:PORT]. With an address as HOST, the names stay that requests
+    /// have
     #[arg(long, value_name = "URL", value_parser = parse_target)]
     target: Option<Uri>,
 
@@ -170,6 +172,16 @@ pub fn run(flags: Flags) -> anyhow::Result<String> {
         }
     })?;
     Ok(String::new())
+}
+
+/// Whether a client's own `Host` stays in what goes to a fixed target: it names a host, and the target says only where that is.
+fn keeps_host(target: &Uri, headers: &HeaderMap) -> bool {
+    let stated = headers.get(header::HOST).and_then(|host| host.to_str().ok()?.parse::<Authority>().ok());
+    let is_name = |host: &str| {
+        let address = host.trim_start_matches('[').trim_end_matches(']');
+        address.parse::<IpAddr>().is_err() && !host.eq_ignore_ascii_case("localhost")
+    };
+    target.host().is_some_and(|host| !is_name(host)) && stated.is_some_and(|stated| is_name(stated.host()))
 }
 
 fn parse_target(text: &str) -> Result<Uri, String> {
@@ -328,6 +340,7 @@ impl Proxy {
         request.headers_mut().append(header::VIA, HeaderValue::from_static(VIA));
         self.added.add(request.headers_mut());
         if self.target.is_some()
+            && !keeps_host(&uri, request.headers())
             && let Some(host) = uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
         {
             request.headers_mut().insert(header::HOST, host);
@@ -475,6 +488,17 @@ impl Added {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_target_that_is_an_address_leaves_the_host_s_name_to_clients() {
+        let keeps = |target: &str, host: &'static str| {
+            let headers = [(header::HOST, HeaderValue::from_static(host))].into_iter().collect();
+            keeps_host(&target.parse().unwrap(), &headers)
+        };
+        assert!(keeps("http://10.0.0.1:18080/", "front.staging.example") && keeps("http://[fd00::1]/", "front:80"));
+        assert!(!keeps("http://front/", "other.example") && !keeps("http://10.0.0.1/", "127.0.0.1:8888"));
+        assert!(!keeps("http://10.0.0.1/", "localhost:8888") && !keeps("http://10.0.0.1/", "[::1]:8888"));
+    }
 
     #[test]
     fn targets_are_hosts() {

@@ -12,25 +12,20 @@ use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use socket2::{SockRef, TcpKeepalive};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{sleep_until, timeout};
 use tracing::debug;
 
 use super::{IDLE, PATIENCE, PING, PING_TIMEOUT, Place, SEND_BUFFER, STREAM_WINDOW, TUNNEL_WINDOW, Traffic, relay};
 
 /// How many connections may wait to be taken.
-const BACKLOG: u32 = 1024;
+pub(super) const BACKLOG: u32 = 1024;
 
 impl Place {
     /// Runs the tunnel to its end; says why it ended.
-    pub(super) async fn serve(
-        &self,
-        upgrade: OnUpgrade,
-        (socket, from): (TcpSocket, Instant),
-        most: usize,
-    ) -> &'static str {
+    pub(super) async fn serve(&self, upgrade: OnUpgrade, most: usize) -> &'static str {
         let Ok(Ok(upgraded)) = timeout(PATIENCE, upgrade).await else { return "the connection was not handed over" };
         let handshake = Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
@@ -50,9 +45,9 @@ impl Place {
             _ = &mut connection => return "closed",
             () = turned(&mut replaced) => return "the same client has opened it anew",
             () = turned(&mut shutdown) => return "discovery ends",
-            () = sleep_until(from) => {}
+            () = sleep_until(self.port.from) => {}
         }
-        let Ok(listener) = socket.listen(BACKLOG) else { return "its port is taken" };
+        let Ok(listener) = self.port.listen() else { return "its port is taken" };
         self.tunnels.ports().told(self.port.number, &self.key);
         if let Some(tunnel) = self.tunnels.open().get_mut(&self.key)
             && Arc::ptr_eq(&tunnel.traffic, &self.traffic)
@@ -64,8 +59,10 @@ impl Place {
         let mut carried = JoinSet::new();
         loop {
             tokio::select! {
-                _ = &mut connection => return "closed",
+                // What comes in when another one has the port is for that one.
+                biased;
                 () = turned(&mut replaced) => return "the same client has opened it anew",
+                _ = &mut connection => return "closed",
                 () = turned(&mut shutdown) => return "discovery ends",
                 Some(_) = carried.join_next() => {}
                 accepted = listener.accept() => {

@@ -18,15 +18,16 @@ pub mod relay;
 mod settings;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use http::{Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use serde::Serialize;
-use tokio::net::TcpSocket;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::info;
@@ -93,6 +94,7 @@ struct Tunnel {
     since: i64,
     /// Whether the other side is there, so that proxies are told.
     listed: bool,
+    port: Arc<Port>,
     traffic: Arc<Traffic>,
     /// Turns true when another connection takes its place.
     replaced: watch::Sender<bool>,
@@ -131,6 +133,12 @@ pub struct TunnelStatus {
 pub struct Offered(BTreeMap<ObjectKey, Vec<(u16, OffloadedEndpoint)>>);
 
 impl Offered {
+    /// Whether there is nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// The services that are not the same in both.
     pub fn differing<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = ObjectKey> + 'a {
         let all = self.0.keys().chain(other.0.keys());
@@ -171,13 +179,31 @@ struct Place {
     key: Key,
     traffic: Arc<Traffic>,
     replaced: watch::Receiver<bool>,
-    port: Port,
+    port: Arc<Port>,
 }
 
-/// A tunnel's port, given back when it is dropped.
+/// A tunnel's port, given back when it is dropped. A client that comes again while its last tunnel is not known to be lost has the same one.
+#[derive(Debug)]
 struct Port {
     tunnels: Tunnels,
     number: u16,
+    /// From when on connections can be taken there.
+    from: Instant,
+    /// At which nobody listens yet.
+    socket: Mutex<Option<TcpSocket>>,
+    listener: OnceLock<TcpListener>,
+}
+
+impl Port {
+    /// Where connections come in, from now on at the latest.
+    fn listen(&self) -> io::Result<&TcpListener> {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(socket) = socket {
+            // Nobody else has the socket.
+            let _ = self.listener.set(socket.listen(carry::BACKLOG)?);
+        }
+        self.listener.get().ok_or_else(|| io::ErrorKind::AddrInUse.into())
+    }
 }
 
 impl Drop for Port {
@@ -288,7 +314,7 @@ impl Tunnels {
         }
         let Asked { service, revision, session, port } = asked(request.headers())?;
         let key = find(mesh, service, revision)?;
-        let (place, socket, from) = self.reserve(settings, key, (session, port), peer, mesh)?;
+        let place = self.reserve(settings, key, (session, port), peer, mesh)?;
         let name = cluster_name(&place.key.service, place.key.port);
         let response = Response::builder()
             .status(StatusCode::SWITCHING_PROTOCOLS)
@@ -296,20 +322,20 @@ impl Tunnels {
             .header(header::UPGRADE, PROTOCOL)
             .header(CLUSTER, &name)
             .header(PORT, place.port.number)
-            .header(WAIT, from.saturating_duration_since(Instant::now()).as_secs_f64().ceil() as u64)
+            .header(WAIT, place.port.from.saturating_duration_since(Instant::now()).as_secs_f64().ceil() as u64)
             .body(())
             .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
         let upgrade = hyper::upgrade::on(request);
         let most = settings.max_connections;
         tokio::spawn(async move {
             info!("tunnel for revision {} of {name} from {peer}: open", place.key.revision);
-            let ended = place.serve(upgrade, (socket, from), most).await;
+            let ended = place.serve(upgrade, most).await;
             info!("tunnel for revision {} of {name} from {peer}: {ended}", place.key.revision);
         });
         Ok(response)
     }
 
-    /// Takes a port and a place among the tunnels. From the time that is given on somebody may listen at the socket.
+    /// Takes a port and a place among the tunnels.
     fn reserve(
         &self,
         settings: &Settings,
@@ -317,7 +343,7 @@ impl Tunnels {
         (session, port): (&str, Option<u16>),
         peer: SocketAddr,
         mesh: &Mesh,
-    ) -> Result<(Place, TcpSocket, Instant), Denied> {
+    ) -> Result<Place, Denied> {
         let offloaded = mesh.services[&key.service].ports.get(&key.port).map(|port| &port.offloaded);
         let pod = offloaded
             .into_iter()
@@ -329,19 +355,28 @@ impl Tunnels {
                 format!("revision {} of {name} is pod {}; choose another with --revision", key.revision, pod.pod);
             return Err((StatusCode::CONFLICT, reason));
         }
-        let taken = |open: &BTreeMap<Key, Tunnel>| match open.get(&key).filter(|other| other.session != session) {
-            Some(other) => {
-                let reason = format!(
-                    "revision {} of {name} is a tunnel from {} already; choose another with --revision",
-                    key.revision, other.peer
-                );
-                Err((StatusCode::CONFLICT, reason))
+        let mut open = self.open();
+        let before = open.get(&key);
+        if let Some(other) = before.filter(|other| other.session != session) {
+            let reason = format!(
+                "revision {} of {name} is a tunnel from {} already; choose another with --revision",
+                key.revision, other.peer
+            );
+            return Err((StatusCode::CONFLICT, reason));
+        }
+        // The same client, whose last connection is lost without our having seen it: what proxies know stays true.
+        let (port, address, listed) = match before {
+            Some(before) => (Arc::clone(&before.port), before.address, before.listed),
+            None => {
+                let Taken { socket, address, from } = self.ports().take(settings, &key, port)?;
+                let (number, socket) = (address.port(), Mutex::new(Some(socket)));
+                (
+                    Arc::new(Port { tunnels: self.clone(), number, from, socket, listener: OnceLock::new() }),
+                    address,
+                    false,
+                )
             }
-            None => Ok(()),
         };
-        taken(&self.open())?;
-        let Taken { socket, address, from } = self.ports().take(settings, &key, port)?;
-        let port = Port { tunnels: self.clone(), number: address.port() };
         let traffic = Arc::<Traffic>::default();
         let (replaced, place_replaced) = watch::channel(false);
         let tunnel = Tunnel {
@@ -349,19 +384,16 @@ impl Tunnels {
             session: session.to_owned(),
             peer,
             since: now(),
-            listed: false,
+            listed,
+            port: Arc::clone(&port),
             traffic: Arc::clone(&traffic),
             replaced,
         };
-        let mut open = self.open();
-        // Another one may have come meanwhile.
-        taken(&open)?;
-        // The same client, whose last connection is lost without our having seen it.
         if let Some(before) = open.insert(key.clone(), tunnel) {
             before.replaced.send_replace(true);
         }
         drop(open);
-        Ok((Place { tunnels: self.clone(), key, traffic, replaced: place_replaced, port }, socket, from))
+        Ok(Place { tunnels: self.clone(), key, traffic, replaced: place_replaced, port })
     }
 }
 

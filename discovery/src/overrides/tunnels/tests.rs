@@ -76,16 +76,26 @@ async fn a_revision_has_one_tunnel_and_the_same_client_may_come_again() {
         let key = find(&mesh, "users", revision).unwrap();
         tunnels.reserve(&settings, key, (session, None), peer, &mesh)
     };
-    let refused = |result: Result<(Place, TcpSocket, Instant), Denied>| result.err().unwrap();
+    let refused = |result: Result<Place, Denied>| result.err().unwrap();
     let (status, reason) = refused(reserve("taken", "a"));
     assert!(status == 409 && reason.contains("is pod default/users-x; choose another with --revision"), "{reason}");
-    let (first, _socket, _) = reserve("me", "a").unwrap();
+    let first = reserve("me", "a").unwrap();
     let (status, reason) = refused(reserve("me", "b"));
     assert!(status == 409 && reason.contains("is a tunnel from 10.0.0.1:1 already"), "{reason}");
-    let (second, _socket, _) = reserve("me", "a").unwrap();
+    let second = reserve("me", "a").unwrap();
     assert!(*first.replaced.borrow() && !*second.replaced.borrow());
+    // Proxies know the port: it is the second one's now, and somebody listens there when the first one did.
+    assert_eq!(first.port.number, second.port.number);
+    let from = second.port.from;
+    assert!(std::ptr::eq(first.port.listen().unwrap(), second.port.listen().unwrap()));
     // The first one's end is not the second one's.
     drop(first);
+    assert!(
+        tunnels
+            .ports()
+            .take(&settings, &find(&mesh, "users", "me").unwrap(), Some(second.port.number))
+            .is_ok_and(|other| other.address.port() != second.port.number)
+    );
     assert!(refused(reserve("me", "b")).0 == 409);
     // Nobody is told of it before the other side is there.
     assert_eq!(tunnels.status(), []);
@@ -100,7 +110,10 @@ async fn a_revision_has_one_tunnel_and_the_same_client_may_come_again() {
     assert!(warnings.len() == 1 && warnings[0].contains("users.default:80, which is gone"), "{warnings:?}");
     assert_eq!(offered.differing(&Offered::default()).collect::<Vec<_>>(), [key]);
     assert_eq!(offered.differing(&tunnels.offered()).next(), None);
-    drop(second);
+    // A third one is known to proxies at once, if the second one was.
+    let third = reserve("me", "a").unwrap();
+    assert_eq!((tunnels.status().len(), third.port.from), (1, from));
+    drop((second, third));
     assert_eq!(tunnels.status(), []);
     reserve("me", "b").unwrap();
 }
