@@ -158,7 +158,7 @@ impl Discovery {
             }
         }
         let activity = Arc::clone(&pages.activity);
-        let joiner = Joiner::default();
+        let joiner = Joiner::new(config.options.overrides.clone());
         let mut sources = Sources {
             registry,
             registrations,

@@ -135,7 +135,7 @@ impl StatusPages {
             "/healthcheck" => plain(StatusCode::OK, "OK"),
             "/" => page(),
             "/metrics" => content(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", self.metrics()),
-            "/ready" if self.is_ready() => plain(StatusCode::OK, "ready\n"),
+            "/ready" if self.is_ready() => plain(StatusCode::OK, &self.ready()),
             "/ready" => plain(StatusCode::SERVICE_UNAVAILABLE, "not all sources have been read yet\n"),
             "/status" => match serde_json::to_vec_pretty(&self.status()) {
                 Ok(body) => json(StatusCode::OK, body),
@@ -172,6 +172,17 @@ impl StatusPages {
         let (method, path) = (&head.method, head.uri.path());
         let answered = self.overrides.answer(method, path, &head.headers, &body, &mesh).await;
         answered.map_or_else(denied, |(status, answer)| json(status, format!("{answer:#}\n")))
+    }
+
+    /// That it is ready, and what it does without: a cluster that cannot be read must not keep the others from being served.
+    fn ready(&self) -> String {
+        let registry = self.registry.borrow();
+        let unread = registry.clusters.iter().filter(|cluster| cluster.objects.is_none());
+        let unread: Vec<_> = unread.map(|cluster| &*cluster.info.name).collect();
+        match unread.is_empty() {
+            true => "ready\n".to_owned(),
+            false => format!("ready, without what has not been read yet: {}\n", unread.join(", ")),
+        }
     }
 
     /// Whether every source has been read.

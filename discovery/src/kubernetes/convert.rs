@@ -16,8 +16,8 @@ use super::raw::{
     RawService, RawServiceManifest, RawServicePort, RawSlicePort, RawTargetPort,
 };
 use super::{
-    EndpointSlice, LABEL_SERVICE_NAME, MAX_WEIGHT, Node, ObjectKey, Objects, Pod, Service, ServicePort, SliceEndpoint,
-    SlicePort, TargetPort, Transport, VirtualIps,
+    EndpointSlice, LABEL_SERVICE_NAME, MAX_WEIGHT, Node, ObjectKey, Objects, Pod, PodId, Service, ServicePort,
+    SliceEndpoint, SlicePort, TargetPort, Transport, VirtualIps,
 };
 use crate::policy::ServiceManifest;
 use crate::secrets::{self, Secret};
@@ -40,6 +40,11 @@ pub trait Kind: Sized + Send + Sync + PartialEq + 'static {
     /// Whether an API server's object is kept.
     fn matters(&self) -> bool;
 
+    /// The unique id of a Pod, whether it is kept or not.
+    fn pod_id(&self) -> Option<PodId> {
+        None
+    }
+
     /// Checks one object. `None`: it is not for us.
     ///
     /// # Errors
@@ -51,7 +56,7 @@ pub trait Kind: Sized + Send + Sync + PartialEq + 'static {
 }
 
 macro_rules! kinds {
-    ($($kind:ident, $raw:ident, $api:literal, $path:literal, $field:ident, $namespaced:literal, $convert:ident, $matters:expr;)*) => {$(
+    ($($kind:ident, $raw:ident, $api:literal, $path:literal, $field:ident, $namespaced:literal, $convert:ident, $matters:expr, $pod_id:expr;)*) => {$(
         impl Kind for $kind {
             type Raw = $raw;
             const KIND: &'static str = stringify!($kind);
@@ -68,6 +73,11 @@ macro_rules! kinds {
                 matters(self)
             }
 
+            fn pod_id(&self) -> Option<PodId> {
+                let pod_id: fn(&Self) -> Option<PodId> = $pod_id;
+                pod_id(self)
+            }
+
             fn among(objects: &mut Objects) -> &mut Arc<BTreeMap<ObjectKey, Arc<Self>>> {
                 &mut objects.$field
             }
@@ -75,12 +85,12 @@ macro_rules! kinds {
     )*};
 }
 kinds! {
-    Service, RawService, "v1", "/api/v1/services", services, true, service, |_| true;
-    EndpointSlice, RawEndpointSlice, "discovery.k8s.io/v1", "/apis/discovery.k8s.io/v1/endpointslices", slices, true, slice, |_| true;
-    Pod, RawPod, "v1", "/api/v1/pods", pods, true, pod, Pod::matters;
-    Node, RawNode, "v1", "/api/v1/nodes", nodes, false, node, |_| true;
-    ServiceManifest, RawServiceManifest, "culvert.dev/v1alpha1", "/apis/culvert.dev/v1alpha1/servicemanifests", manifests, true, service_manifest, |_| true;
-    Secret, RawSecret, "v1", "/api/v1/secrets", secrets, true, secret, |_| true;
+    Service, RawService, "v1", "/api/v1/services", services, true, service, |_| true, |_| None;
+    EndpointSlice, RawEndpointSlice, "discovery.k8s.io/v1", "/apis/discovery.k8s.io/v1/endpointslices", slices, true, slice, |_| true, |_| None;
+    Pod, RawPod, "v1", "/api/v1/pods", pods, true, pod, Pod::matters, |pod| pod.uid.as_deref().map(PodId::of);
+    Node, RawNode, "v1", "/api/v1/nodes", nodes, false, node, |_| true, |_| None;
+    ServiceManifest, RawServiceManifest, "culvert.dev/v1alpha1", "/apis/culvert.dev/v1alpha1/servicemanifests", manifests, true, service_manifest, |_| true, |_| None;
+    Secret, RawSecret, "v1", "/api/v1/secrets", secrets, true, secret, |_| true, |_| None;
 }
 
 impl Kind for VirtualIps {
@@ -98,8 +108,7 @@ impl Kind for VirtualIps {
     /// What is wrong with a Service is said of those that are selected.
     fn convert(raw: RawService, object: &ObjectName) -> Result<Option<Self>, ManifestError> {
         let Ok(Some(service)) = service(raw, object) else { return Ok(None) };
-        let ports = service.ports.iter().map(|port| port.port);
-        Ok(Some(Self(ports.flat_map(|port| service.cluster_ips.iter().map(move |ip| (*ip, port))).collect())))
+        Ok(Some(Self(service.addresses().collect())))
     }
 
     fn among(objects: &mut Objects) -> &mut Arc<BTreeMap<ObjectKey, Arc<Self>>> {
@@ -309,9 +318,8 @@ fn service(raw: RawService, object: &ObjectName) -> Result<Option<Service>, Mani
         return Err(object.error("metadata.name", "the name and namespace of a Service cannot contain `.`"));
     }
     // Of each cluster it is another: clients have credentials for their own API server.
-    if metadata.name == "kubernetes" && matches!(metadata.namespace.as_deref(), None | Some("default")) {
-        return Ok(None);
-    }
+    let is_api_server =
+        metadata.name == "kubernetes" && matches!(metadata.namespace.as_deref(), None | Some("" | "default"));
     let external_name = match spec.kind.as_deref() {
         Some("ExternalName") => Some(object.external_name(spec.external_name)?),
         _ => None,
@@ -359,6 +367,7 @@ fn service(raw: RawService, object: &ObjectName) -> Result<Option<Service>, Mani
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         weight: object.weight(metadata.annotations.as_ref())?,
         merge: object.merge(metadata.annotations.as_ref())?,
+        is_api_server,
     }))
 }
 

@@ -4,8 +4,9 @@ pub(crate) mod convert;
 pub mod manifest;
 mod raw;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -56,6 +57,8 @@ pub struct Objects {
     pub pods: Arc<BTreeMap<ObjectKey, Arc<Pod>>>,
     /// Pods that have been deleted, by their unique ids: a slice may list them for a while yet, as if they were well.
     pub gone: Arc<BTreeMap<String, ObjectKey>>,
+    /// The Pods that are known, while Pods cannot be read and what slices list may have come since. `None`: all are.
+    pub known_pods: Option<Arc<HashSet<PodId>>>,
     /// Nodes, without a namespace.
     pub nodes: Arc<BTreeMap<ObjectKey, Arc<Node>>>,
     /// What is stated about services.
@@ -64,6 +67,20 @@ pub struct Objects {
     pub secrets: Arc<BTreeMap<ObjectKey, Arc<Secret>>>,
     /// The virtual addresses of all Services, where not all of them are selected.
     pub virtual_ips: Arc<BTreeMap<ObjectKey, Arc<VirtualIps>>>,
+}
+
+/// What stands for the unique id of a Pod, of which a cluster may have a hundred thousand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PodId(u64);
+
+impl PodId {
+    /// Of a unique id. That two of them are the same here is as good as impossible.
+    #[must_use]
+    pub fn of(uid: &str) -> Self {
+        let mut hasher = DefaultHasher::new();
+        uid.hash(&mut hasher);
+        Self(hasher.finish())
+    }
 }
 
 /// A transport protocol. Only TCP ports become Envoy clusters.
@@ -94,9 +111,16 @@ pub struct Service {
     pub weight: Option<u16>,
     /// Whether it is one service with those of its name in other clusters, where it says so itself.
     pub merge: Option<bool>,
+    /// Whether it is the cluster's own API server: none of the mesh's, but its addresses are not free for other clusters' services.
+    pub is_api_server: bool,
 }
 
 impl Service {
+    /// Its virtual addresses with its ports.
+    pub fn addresses(&self) -> impl Iterator<Item = (IpAddr, u16)> + '_ {
+        self.ports.iter().flat_map(|port| self.cluster_ips.iter().map(|ip| (*ip, port.port)))
+    }
+
     /// Whether the selector chooses a pod with these labels.
     #[must_use]
     pub fn selects(&self, labels: &BTreeMap<String, String>) -> bool {

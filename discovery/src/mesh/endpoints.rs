@@ -1,6 +1,6 @@
 //! The endpoints of one service in one cluster.
 
-use std::collections::{BTreeMap, BTreeSet, btree_map};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, btree_map};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -18,6 +18,44 @@ pub(super) struct EndpointsOf<'a> {
     pub(super) slices: &'a [&'a EndpointSlice],
     pub(super) pods: &'a Pods<'a>,
     pub(super) nodes: &'a BTreeMap<ObjectKey, Arc<Node>>,
+    /// The unique ids of those that are [`held_back`].
+    pub(super) held: HashSet<&'a str>,
+}
+
+/// The endpoints that get nothing, because their Pods came after Pods could not be read any more, and may be offloaded ones: their unique
+/// ids. Not those that are made as others that are known. None where there are more of them than of others: that is a rollout, and no branch.
+pub(super) fn held_back<'a>(service: &Service, slices: &[&'a EndpointSlice], pods: &Pods<'_>) -> HashSet<&'a str> {
+    if !pods.some_are_unknown() {
+        return HashSet::new();
+    }
+    let (mut unknown, mut others, mut known_sets) = (HashMap::new(), BTreeSet::new(), HashSet::new());
+    for listed in slices.iter().flat_map(|slice| &slice.endpoints) {
+        if pods.is_out(listed) || health_of(listed, service, pods.behind(listed)) != Some(Health::Healthy) {
+            continue;
+        }
+        let set = listed.pod.as_ref().and_then(replica_set);
+        match &listed.target_uid {
+            Some(uid) if pods.is_unknown(listed) => {
+                unknown.insert(&**uid, set);
+                continue;
+            }
+            Some(uid) => others.insert(Identity::Uid(uid)),
+            None => others.insert(Identity::Address(listed.address)),
+        };
+        known_sets.extend(set);
+    }
+    let of_known = |set: &Option<&str>| set.is_some_and(|set| known_sets.contains(set));
+    let held: HashSet<_> = unknown.iter().filter(|(_, set)| !of_known(set)).map(|(uid, _)| *uid).collect();
+    if held.len() > others.len() + unknown.len() - held.len() { HashSet::new() } else { held }
+}
+
+/// The ReplicaSet that a Pod is of, by its name: `users-5b5f5f5f4-24jmc` is of `users-5b5f5f5f4`, whose Pods are all made alike.
+fn replica_set(pod: &ObjectKey) -> Option<&str> {
+    // Kubernetes takes these, so that names spell nothing.
+    let is_made_up = |text: &str| text.bytes().all(|byte| b"bcdfghjklmnpqrstvwxz2456789".contains(&byte));
+    let (set, own) = pod.name.rsplit_once('-')?;
+    let (_, hash) = set.rsplit_once('-')?;
+    (own.len() == 5 && (6..=10).contains(&hash.len()) && is_made_up(own) && is_made_up(hash)).then_some(set)
 }
 
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
@@ -94,7 +132,8 @@ impl EndpointsOf<'_> {
 
     /// An endpoint as it is served, `None` if it is left out.
     fn endpoint(&self, listed: &SliceEndpoint, port: u16) -> Option<Endpoint> {
-        if self.pods.is_offloaded(listed) || self.pods.is_gone(listed) {
+        let is_held = listed.target_uid.as_deref().is_some_and(|uid| self.held.contains(uid));
+        if is_held || self.pods.is_out(listed) {
             return None;
         }
         let pod = self.pods.behind(listed);
@@ -147,5 +186,88 @@ fn health_of(listed: &SliceEndpoint, service: &Service, pod: Option<&Pod>) -> Op
         (true, true) => Some(Health::Draining),
         (false, true) if listed.serving => Some(Health::Draining),
         (false, _) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::Override;
+    use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::r#override::Mode;
+
+    use super::*;
+    use crate::kubernetes::PodId;
+    use crate::kubernetes::manifest::parse;
+    use crate::mesh::Joiner;
+    use crate::registry::{Cluster, Registry, SourceHealth};
+
+    /// How many endpoints of `users` take requests, and how many warnings there are, where Pods cannot be read: so many are known, and so
+    /// many have come since.
+    fn taking(known: u8, new: u8, manifests: &str, overrides: &Override) -> (usize, usize) {
+        taking_of(("users-5b5f5f5f4", known), ("users-feature-x-7c749d965b", new), manifests, overrides)
+    }
+
+    /// The same with ReplicaSets.
+    fn taking_of(
+        (known_set, known): (&str, u8),
+        (new_set, new): (&str, u8),
+        manifests: &str,
+        overrides: &Override,
+    ) -> (usize, usize) {
+        let uid = |number: u8| format!("uid-{number}");
+        let endpoint = |number: u8| {
+            let set = if number < known { known_set } else { new_set };
+            let own = char::from(b"bcdfghjklm"[usize::from(number)]);
+            format!(
+                "{{addresses: [10.1.0.{number}], targetRef: {{kind: Pod, name: {set}-4jmc{own}, uid: {}}}}}",
+                uid(number)
+            )
+        };
+        let endpoints: Vec<_> = (0..known + new).map(endpoint).collect();
+        let text = format!(
+            "{manifests}---\n{{apiVersion: v1, kind: Service, metadata: {{name: users}}, spec: {{ports: [{{name: http, port: 80}}]}}}}\n---\n\
+             {{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {{name: s, labels: {{kubernetes.io/service-name: \
+             users}}}}, addressType: IPv4, ports: [{{name: http, port: 80}}], endpoints: [{}]}}\n",
+            endpoints.join(", ")
+        );
+        let mut objects = parse(&text).unwrap();
+        let of_known: HashSet<_> = (0..known).map(|number| PodId::of(&uid(number))).collect();
+        objects.known_pods = Some(Arc::new(of_known));
+        let info = ClusterInfo { name: "east".into(), ..ClusterInfo::default() };
+        let cluster = Cluster { info, objects: Some(objects.into()), health: SourceHealth::default(), drained: false };
+        let registry = Registry { version: 1, clusters: vec![cluster], waited: false };
+        let (mesh, _) = Joiner::new(overrides.clone()).update(&registry);
+        (mesh.services[&ObjectKey::new("default", "users")].ports[&80].endpoints.len(), mesh.warnings.len())
+    }
+
+    #[test]
+    fn pods_that_are_not_known_are_held_back_where_they_may_be_offloaded() {
+        let stated = Override { debug_response: true, ..Override::default() };
+        assert_eq!(taking(3, 1, "", &stated), (3, 1));
+        assert_eq!(taking(3, 3, "", &stated), (3, 1));
+        assert_eq!(taking(3, 4, "", &stated), (7, 0), "that is a rollout");
+        assert_eq!(taking(0, 1, "", &stated), (1, 0));
+        // Pods of one ReplicaSet are all offloaded or none is; what others are called says nothing.
+        let set = "users-5b5f5f5f4";
+        assert_eq!(taking_of((set, 2), (set, 2), "", &stated), (4, 0));
+        assert_eq!(taking_of(("users", 2), ("users", 2), "", &stated), (2, 1));
+        assert_eq!(taking_of(("users-branch", 2), ("users-branch", 1), "", &stated), (2, 1));
+        assert_eq!(taking(3, 1, "", &Override::default()), (4, 0), "nobody uses overrides");
+        let pod = "{apiVersion: v1, kind: Pod, metadata: {name: other, labels: {culvert.dev/offloaded: 'true', \
+                   culvert.dev/revision: x}}, status: {podIP: 10.9.0.1}}\n";
+        assert_eq!(taking(3, 1, pod, &Override::default()), (3, 1), "somebody does");
+        let manifest = |allowed: bool| {
+            format!(
+                "{{apiVersion: culvert.dev/v1alpha1, kind: ServiceManifest, metadata: {{name: users}}, spec: {{overrides: \
+                 {{allowed: {allowed}}}}}}}\n"
+            )
+        };
+        assert_eq!(taking(3, 1, &manifest(true), &Override::default()), (3, 1));
+        assert_eq!(taking(3, 1, &manifest(false), &stated), (4, 0));
+        let opt_in = Override { require_opt_in: true, ..Override::default() };
+        assert_eq!((taking(3, 1, "", &opt_in), taking(3, 1, &manifest(true), &opt_in)), ((4, 0), (3, 1)));
+        let production = Override { mode: Mode::RefuseAll.into(), ..Override::default() };
+        assert_eq!(taking(3, 1, &manifest(true), &production), (4, 0));
     }
 }

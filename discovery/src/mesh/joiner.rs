@@ -4,24 +4,24 @@
 //! changed object can have to do with is marked, rather too much than too little: a service that turns out as it was
 //! is no change.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, btree_map};
-use std::fmt;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use super::endpoints::EndpointsOf;
+use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::Override;
+use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::r#override::Mode;
+
+use super::known::{Known, Remarks};
 use super::pods::Pods;
-use super::{
-    External, MOST_NAMED, Mesh, MeshPort, MeshService, ORDINARY_WEIGHT, Protocol, cluster_name, drain,
-    leave_out_excess_draining, mesh_key,
-};
+use super::{MOST_NAMED, Mesh, MeshService, ORDINARY_WEIGHT, cluster_name, drain, leave_out_excess_draining, mesh_key};
 use crate::health::Failed;
-use crate::kubernetes::{EndpointSlice, ObjectKey, Objects, Pod, Service, ServicePort};
+use crate::kubernetes::{ObjectKey, Objects};
 use crate::overrides::shares::Share;
 use crate::overrides::tunnels::Offered;
+use crate::policy::ServiceManifest;
 use crate::policy::apply::{Manifests, contested_at_the_edge};
 use crate::registration::join::{CLUSTER as REGISTERED, Registered};
-use crate::registry::{Cluster, ClusterInfo, Registry};
+use crate::registry::{ClusterInfo, Registry};
 use crate::secrets::{self, Secrets};
 
 /// Joins states of the registry into meshes.
@@ -45,32 +45,25 @@ pub struct Joiner {
     mesh: Arc<Mesh>,
     /// Of services of which there is anything to say.
     remarks: BTreeMap<ObjectKey, Remarks>,
+    /// What proxies do about overrides.
+    overrides: Override,
+    /// Whether there are, or were, offloaded pods or tunnels.
+    has_offloaded: bool,
 }
 
 /// What is said of a name that means nothing here.
 pub(crate) const NO_SERVICE: &str = "which is no service of the mesh";
 
-type Vips = HashMap<(IpAddr, u16), (ObjectKey, String)>;
-type Keys = BTreeSet<ObjectKey>;
-
-/// What was known of a cluster the last time.
-#[derive(Debug, Default)]
-struct Known {
-    objects: Arc<Objects>,
-    drained: bool,
-    /// The slices of each service, by the service's name in the cluster.
-    slices: HashMap<ObjectKey, BTreeMap<ObjectKey, Arc<EndpointSlice>>>,
-}
-
-/// What there is to say of one service.
-#[derive(Debug, Default, PartialEq)]
-struct Remarks {
-    warnings: Vec<String>,
-    /// Drained clusters whose endpoints a port cannot do without.
-    only_there: Vec<(String, String)>,
-}
+pub(super) type Vips = HashMap<(IpAddr, u16), (ObjectKey, String)>;
+pub(super) type Keys = BTreeSet<ObjectKey>;
 
 impl Joiner {
+    /// Nothing yet, for a mesh whose proxies do this about overrides.
+    #[must_use]
+    pub fn new(overrides: Override) -> Self {
+        Self { overrides, ..Self::default() }
+    }
+
     /// Takes in the hosts that have registered themselves.
     pub fn register(&mut self, registered: Registered) {
         let before = std::mem::replace(&mut self.registered, registered);
@@ -135,24 +128,21 @@ impl Joiner {
         let mut contested = HashSet::new();
         self.vip_warnings.clear();
         for (info, objects) in clusters(registry) {
-            for (key, service) in &*objects.services {
+            for (key, service) in objects.services.iter().filter(|(_, service)| !service.is_api_server) {
                 let name = mesh_key(key, service, info);
-                let addresses =
-                    service.ports.iter().flat_map(|port| service.cluster_ips.iter().map(move |vip| (port, vip)));
-                for (port, vip) in addresses {
-                    let (owner, cluster) =
-                        vips.entry((*vip, port.port)).or_insert_with(|| (name.clone(), info.name.clone()));
+                for address in service.addresses() {
+                    let (owner, cluster) = vips.entry(address).or_insert_with(|| (name.clone(), info.name.clone()));
                     if *owner == name {
                         continue;
                     }
-                    contested.insert((*vip, port.port));
+                    contested.insert(address);
                     // Of one that is kept apart it is as it should be: each client gets to the one of its own cluster.
                     let apart = ObjectKey::new(format!("{}.{cluster}", key.namespace), key.name.clone());
                     if *owner != apart {
                         self.vip_warnings.push(format!(
                             "{} is the address of {owner} in cluster {cluster} and of {name} in cluster {}; what goes there \
                              is passed through, to the one of its own cluster",
-                            SocketAddr::new(*vip, port.port),
+                            SocketAddr::from(address),
                             info.name,
                         ));
                     }
@@ -161,6 +151,18 @@ impl Joiner {
         }
         for (info, objects) in clusters(registry) {
             let mut taken = 0;
+            let api_server = objects.services.values().filter(|service| service.is_api_server);
+            for address in api_server.flat_map(|service| service.addresses()) {
+                if let Some((owner, cluster)) = vips.get(&address).filter(|(_, cluster)| *cluster != info.name) {
+                    contested.insert(address);
+                    self.vip_warnings.push(format!(
+                        "{} is the address of {owner} in cluster {cluster} and of the API server in cluster {}; what goes there is \
+                         passed through, to the one of its own cluster",
+                        SocketAddr::from(address),
+                        info.name,
+                    ));
+                }
+            }
             let hidden = objects.virtual_ips.iter().filter(|(key, _)| !objects.services.contains_key(*key));
             for address in hidden.flat_map(|(_, addresses)| &addresses.0) {
                 if vips.get(address).is_some_and(|(_, cluster)| *cluster != info.name) {
@@ -203,11 +205,13 @@ impl Joiner {
                 .map(|(known, cluster)| Pods::find(&cluster.info, &known.objects, &mut Vec::new()))
                 .collect();
             let manifests = Manifests::new(registry);
+            self.has_offloaded |= pods.iter().any(Pods::some_are_offloaded) || !self.offered.is_empty();
             for key in marked {
                 let mut remarks = Remarks::default();
                 let mut service = MeshService::default();
+                let holds_back = self.may_be_offloaded(manifests.of(&key, &mut Vec::new()).map(|manifest| &**manifest));
                 for ((known, cluster), pods) in known.iter().zip(&pods) {
-                    known.join(&key, &cluster.info, pods, &self.vips, &mut service, &mut remarks.warnings);
+                    known.join(&key, &cluster.info, (pods, holds_back), &self.vips, &mut service, &mut remarks);
                 }
                 // Before it is decided which endpoints drain, and of those that have registered themselves.
                 self.failed.mark(&key, &mut service);
@@ -249,6 +253,18 @@ impl Joiner {
         changed
     }
 
+    /// Whether a pod of a service that is not known might be an offloaded one: where nobody may reach such a pod, there is none, and where there
+    /// have never been any, more pods of a service are just that.
+    fn may_be_offloaded(&self, manifest: Option<&ServiceManifest>) -> bool {
+        let Override { mode, require_opt_in, .. } = &self.overrides;
+        let stated = manifest.and_then(|manifest| manifest.overrides.as_ref());
+        match stated {
+            _ if *mode == i32::from(Mode::RefuseAll) => false,
+            Some(policy) => policy.allowed,
+            None => !require_opt_in && (self.has_offloaded || self.overrides != Override::default()),
+        }
+    }
+
     fn warnings(&self, registry: &Registry) -> Vec<String> {
         let mut warnings = Vec::new();
         for (info, objects) in clusters(registry) {
@@ -263,13 +279,31 @@ impl Joiner {
         for (cluster, port) in self.remarks.values().flat_map(|remarks| &remarks.only_there) {
             only_there.entry(cluster).or_default().push(port);
         }
-        for (cluster, names) in only_there {
-            let shown = names[..names.len().min(MOST_NAMED)].join(", ");
+        let named = |names: &[&str]| {
             let more = if names.len() > MOST_NAMED { ", ..." } else { "" };
+            format!("{}{more}", names[..names.len().min(MOST_NAMED)].join(", "))
+        };
+        for (cluster, names) in only_there {
             warnings.push(format!(
                 "cluster {cluster} is drained, but has the only healthy endpoints of {} service ports, which keep getting \
-                 requests: {shown}{more}",
+                 requests: {}",
                 names.len(),
+                named(&names),
+            ));
+        }
+        let mut held_back: BTreeMap<&str, (usize, Vec<&str>)> = BTreeMap::new();
+        for (key, remarks) in &self.remarks {
+            for (cluster, count) in &remarks.held_back {
+                let (all, names) = held_back.entry(cluster).or_default();
+                *all += count;
+                names.push(&key.name);
+            }
+        }
+        for (cluster, (count, names)) in held_back {
+            warnings.push(format!(
+                "{count} endpoints of cluster {cluster} are held back, as their Pods came after Pods could not be read any more, and may \
+                 be offloaded ones: of {}",
+                named(&names),
             ));
         }
         warnings
@@ -294,215 +328,6 @@ fn unknown_egress(mesh: &Mesh) -> Vec<String> {
         })
     });
     unknown.collect()
-}
-
-/// The names that a cluster's service may have in the mesh: its own, and the one with which it is kept apart.
-fn names(key: &ObjectKey, info: &ClusterInfo) -> [ObjectKey; 2] {
-    [key.clone(), ObjectKey::new(format!("{}.{}", key.namespace, info.name), key.name.clone())]
-}
-
-impl Known {
-    /// Takes in a cluster's newest state, and marks what it can have to do with. Gives whether any Service has changed.
-    fn take_in(&mut self, cluster: &Cluster, marked: &mut Keys) -> bool {
-        let info = &cluster.info;
-        let before = Arc::clone(&self.objects);
-        let after = cluster.objects.clone().unwrap_or_default();
-        let mut mark = |key: &ObjectKey| marked.extend(names(key, info));
-        if std::mem::replace(&mut self.drained, cluster.drained) != cluster.drained {
-            before.services.keys().chain(after.services.keys()).for_each(&mut mark);
-        }
-        if Arc::ptr_eq(&before, &after) {
-            return false;
-        }
-        let mut services_changed = false;
-        differing(&before.services, &after.services, |key, _, _| {
-            services_changed = true;
-            mark(key);
-        });
-        differing(&before.virtual_ips, &after.virtual_ips, |_, _, _| services_changed = true);
-        differing(&before.manifests, &after.manifests, |key, _, _| mark(key));
-        differing(&before.slices, &after.slices, |key, old, new| {
-            let service = |slice: &Arc<EndpointSlice>| {
-                slice.service.as_ref().map(|name| ObjectKey::new(key.namespace.clone(), name.clone()))
-            };
-            if let Some(service) = old.and_then(service) {
-                mark(&service);
-                if let Some(slices) = self.slices.get_mut(&service) {
-                    slices.remove(key);
-                    if slices.is_empty() {
-                        self.slices.remove(&service);
-                    }
-                }
-            }
-            if let Some((slice, service)) = new.and_then(|slice| Some((slice, service(slice)?))) {
-                mark(&service);
-                self.slices.entry(service).or_default().insert(key.clone(), Arc::clone(slice));
-            }
-        });
-        let mut pods = ChangedPods::default();
-        differing(&before.pods, &after.pods, |key, old, new| {
-            for pod in [old, new].into_iter().flatten() {
-                pods.add(key, pod);
-            }
-        });
-        let newly_gone = after.gone.iter().filter(|(uid, _)| !before.gone.contains_key(*uid));
-        pods.keys.extend(newly_gone.map(|(_, key)| key));
-        pods.concern(&after, &mut mark);
-        let mut nodes_changed = false;
-        differing(&before.nodes, &after.nodes, |_, _, _| nodes_changed = true);
-        if nodes_changed {
-            after.services.keys().for_each(&mut mark);
-        }
-        self.objects = after;
-        services_changed
-    }
-
-    /// Adds what this cluster has of a service.
-    fn join(
-        &self,
-        name: &ObjectKey,
-        info: &ClusterInfo,
-        pods: &Pods<'_>,
-        vips: &Vips,
-        joined: &mut MeshService,
-        warnings: &mut Vec<String>,
-    ) {
-        let apart = name.namespace.strip_suffix(&*info.name).and_then(|rest| rest.strip_suffix('.'));
-        let apart = apart.map(|namespace| ObjectKey::new(namespace, name.name.clone()));
-        for key in std::iter::once(name).chain(&apart) {
-            let Some(service) = self.objects.services.get(key) else { continue };
-            if mesh_key(key, service, info) != *name {
-                continue;
-            }
-            let slices: Vec<&EndpointSlice> =
-                self.slices.get(key).into_iter().flat_map(BTreeMap::values).map(|slice| &**slice).collect();
-            let endpoints = EndpointsOf { info, service, slices: &slices, pods, nodes: &self.objects.nodes };
-            joined.clusters.push(info.name.clone());
-            for port in &service.ports {
-                let leads_here = |vip: &&IpAddr| {
-                    vips.get(&(**vip, port.port)).is_some_and(|(owner, of)| owner == name && *of == info.name)
-                };
-                let offloaded = pods.offloaded_of(key, service, port, warnings);
-                let mut targets = endpoints.targets(port);
-                targets.extend(offloaded.iter().map(|endpoint| endpoint.address.port()));
-                let described = MeshPort {
-                    protocol: Protocol::of(port),
-                    vips: service.cluster_ips.iter().filter(leads_here).copied().collect(),
-                    external: service.external_name.clone().map(|host| External { host, port: port.port }),
-                    endpoints: endpoints.of_port(port),
-                    offloaded,
-                    targets,
-                };
-                add_port(name, joined, port, info, described, warnings);
-            }
-        }
-    }
-}
-
-/// Pods that have changed, as slices name them.
-#[derive(Default)]
-struct ChangedPods<'a> {
-    keys: HashSet<&'a ObjectKey>,
-    addresses: HashSet<IpAddr>,
-    /// Those that are, or were, reached by overrides only.
-    offloaded: Vec<(&'a str, &'a Pod)>,
-}
-
-impl<'a> ChangedPods<'a> {
-    fn add(&mut self, key: &'a ObjectKey, pod: &'a Pod) {
-        self.keys.insert(key);
-        self.addresses.extend(&pod.addresses);
-        if pod.is_offloaded() {
-            self.offloaded.push((&key.namespace, pod));
-        }
-    }
-
-    /// Marks the services that list or select these pods.
-    fn concern(&self, objects: &Objects, mark: &mut impl FnMut(&ObjectKey)) {
-        if self.keys.is_empty() {
-            return;
-        }
-        for (key, slice) in &*objects.slices {
-            let listed = slice.endpoints.iter().any(|endpoint| {
-                self.addresses.contains(&endpoint.address)
-                    || endpoint.pod.as_ref().is_some_and(|pod| self.keys.contains(pod))
-            });
-            if let Some(service) = slice.service.as_ref().filter(|_| listed) {
-                mark(&ObjectKey::new(key.namespace.clone(), service.clone()));
-            }
-        }
-        if !self.offloaded.is_empty() {
-            let selects = |key: &ObjectKey, service: &Service| {
-                self.offloaded.iter().any(|(of, pod)| *of == key.namespace && service.selects(&pod.labels))
-            };
-            objects.services.iter().filter(|(key, service)| selects(key, service)).for_each(|(key, _)| mark(key));
-        }
-    }
-}
-
-/// Tells of each object that is in one of two states only, or different in them.
-fn differing<'a, K: PartialEq>(
-    before: &'a BTreeMap<ObjectKey, Arc<K>>,
-    after: &'a BTreeMap<ObjectKey, Arc<K>>,
-    mut tell: impl FnMut(&'a ObjectKey, Option<&'a Arc<K>>, Option<&'a Arc<K>>),
-) {
-    if std::ptr::eq(before, after) {
-        return;
-    }
-    let (mut before, mut after) = (before.iter().peekable(), after.iter().peekable());
-    loop {
-        let order = match (before.peek(), after.peek()) {
-            (Some((old, _)), Some((new, _))) => old.cmp(new),
-            (Some(_), None) => std::cmp::Ordering::Less,
-            (None, Some(_)) => std::cmp::Ordering::Greater,
-            (None, None) => return,
-        };
-        let old = order.is_le().then(|| before.next()).flatten();
-        let new = order.is_ge().then(|| after.next()).flatten();
-        match (old, new) {
-            (Some((_, old)), Some((_, new))) if Arc::ptr_eq(old, new) || old == new => {}
-            (Some((key, _)), _) | (None, Some((key, _))) => tell(key, old.map(|(_, v)| v), new.map(|(_, v)| v)),
-            (None, None) => return,
-        }
-    }
-}
-
-fn add_port(
-    name: &ObjectKey,
-    joined: &mut MeshService,
-    port: &ServicePort,
-    info: &ClusterInfo,
-    described: MeshPort,
-    warnings: &mut Vec<String>,
-) {
-    let joined = match joined.ports.entry(port.port) {
-        btree_map::Entry::Vacant(entry) => {
-            entry.insert(described);
-            return;
-        }
-        btree_map::Entry::Occupied(entry) => entry.into_mut(),
-    };
-    let differs = |what: &dyn fmt::Display, before: &dyn fmt::Display| {
-        format!(
-            "port {} of Service {name} is {what} in cluster {}, and {before} in a cluster before it, which counts",
-            port.port, info.name,
-        )
-    };
-    if joined.external != described.external {
-        let kind = |external: &Option<External>| match external {
-            Some(External { host, .. }) => format!("the external name {host}"),
-            None => "in the cluster".to_owned(),
-        };
-        warnings.push(differs(&kind(&described.external), &kind(&joined.external)));
-        return;
-    }
-    if joined.protocol != described.protocol {
-        warnings.push(differs(&described.protocol, &joined.protocol));
-    }
-    joined.vips.extend(described.vips);
-    joined.endpoints.extend(described.endpoints);
-    joined.offloaded.extend(described.offloaded);
-    joined.targets.extend(described.targets);
 }
 
 /// What can be said of a service only when all clusters are known.

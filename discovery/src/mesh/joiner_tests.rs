@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::kubernetes::manifest::parse;
-use crate::mesh::join;
-use crate::registry::SourceHealth;
+use crate::mesh::{MeshPort, Protocol, join};
+use crate::registry::{Cluster, SourceHealth};
 use crate::resources::{Options, PUSH_ORDER, ProxyKind, Role, Snapshot, Viewer};
 
 const NAMES: [&str; 4] = ["users", "orders", "mail", "db"];

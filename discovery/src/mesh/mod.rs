@@ -4,6 +4,7 @@
 
 mod endpoints;
 mod joiner;
+mod known;
 mod pods;
 
 use std::collections::{BTreeMap, BTreeSet};

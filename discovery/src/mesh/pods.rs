@@ -1,11 +1,11 @@
 //! The pods of one cluster, as far as they say more than the slices that list them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 use super::OffloadedEndpoint;
 use crate::kubernetes::{
-    LABEL_OFFLOADED, LABEL_REVISION, ObjectKey, Objects, Pod, Service, ServicePort, SliceEndpoint,
+    LABEL_OFFLOADED, LABEL_REVISION, ObjectKey, Objects, Pod, PodId, Service, ServicePort, SliceEndpoint,
 };
 use crate::registry::ClusterInfo;
 
@@ -14,6 +14,8 @@ pub(super) struct Pods<'a> {
     cluster: &'a str,
     all: &'a BTreeMap<ObjectKey, std::sync::Arc<Pod>>,
     gone: &'a BTreeMap<String, ObjectKey>,
+    /// `None`: all are known.
+    known: Option<&'a HashSet<PodId>>,
     offloaded: BTreeMap<&'a ObjectKey, &'a Pod>,
     offloaded_addresses: BTreeSet<IpAddr>,
     /// Live pods that matter, for slices that name no pod.
@@ -59,14 +61,36 @@ impl<'a> Pods<'a> {
             cluster: &info.name,
             all: &objects.pods,
             gone: &objects.gone,
+            known: objects.known_pods.as_deref(),
             offloaded,
             offloaded_addresses,
             by_address,
         }
     }
 
+    /// Whether there are offloaded pods.
+    pub(super) fn some_are_offloaded(&self) -> bool {
+        !self.offloaded.is_empty()
+    }
+
+    /// Whether slices may list pods that are not known.
+    pub(super) fn some_are_unknown(&self) -> bool {
+        self.known.is_some()
+    }
+
+    /// Whether an endpoint that a slice lists is a pod that is not known. Of what says no unique id nothing can be known.
+    pub(super) fn is_unknown(&self, endpoint: &SliceEndpoint) -> bool {
+        let (Some(known), Some(uid), Some(_)) = (self.known, &endpoint.target_uid, &endpoint.pod) else { return false };
+        !known.contains(&PodId::of(uid))
+    }
+
+    /// Whether an endpoint that a slice lists gets nothing, whatever the slice says of it: as an offloaded pod, or one that is no more.
+    pub(super) fn is_out(&self, endpoint: &SliceEndpoint) -> bool {
+        self.is_offloaded(endpoint) || self.is_gone(endpoint)
+    }
+
     /// Whether an endpoint that a slice lists is an offloaded pod.
-    pub(super) fn is_offloaded(&self, endpoint: &SliceEndpoint) -> bool {
+    fn is_offloaded(&self, endpoint: &SliceEndpoint) -> bool {
         match &endpoint.pod {
             Some(pod) if self.offloaded.contains_key(pod) => true,
             _ => self.offloaded_addresses.contains(&endpoint.address),
@@ -74,7 +98,7 @@ impl<'a> Pods<'a> {
     }
 
     /// Whether an endpoint that a slice lists is a pod that has been deleted.
-    pub(super) fn is_gone(&self, endpoint: &SliceEndpoint) -> bool {
+    fn is_gone(&self, endpoint: &SliceEndpoint) -> bool {
         endpoint.target_uid.as_ref().is_some_and(|uid| self.gone.contains_key(uid))
     }
 

@@ -403,6 +403,14 @@ fn what_serves_one_cluster_is_no_service_of_all() {
         );
     }
     assert_eq!(mesh1.warnings, [""; 0], "that is as it should be");
+    // What a cluster's pods call their API server by is no other cluster's service for them.
+    let api = SERVICE.replace("name: users", "name: kubernetes");
+    let mesh1 = mesh(vec![cluster("east", SERVICE), cluster("west", &api)]);
+    assert_eq!((mesh1.services.len(), &*port(&mesh1, 80).vips), (1, &[][..]));
+    let [warning] = &*mesh1.warnings else { panic!("one warning expected: {:?}", mesh1.warnings) };
+    assert!(warning.contains("10.96.0.1:80 is the address of default/users in cluster east and of the API server in"));
+    let mesh1 = mesh(vec![cluster("west", &api.replace("port: 80", "port: 443")), cluster("east", SERVICE)]);
+    assert_eq!((port(&mesh1, 80).vips.len(), mesh1.warnings.len()), (1, 0));
 }
 
 #[test]

@@ -20,7 +20,7 @@ impl<'a> Manifests<'a> {
     }
 
     /// The manifest of a service. Of those that clusters have for it, the first one counts.
-    fn of(&self, name: &ObjectKey, warnings: &mut Vec<String>) -> Option<&'a Arc<ServiceManifest>> {
+    pub(crate) fn of(&self, name: &ObjectKey, warnings: &mut Vec<String>) -> Option<&'a Arc<ServiceManifest>> {
         let mut first: Option<(&Arc<ServiceManifest>, &str)> = None;
         for (cluster, objects) in self.0.clusters.iter().filter_map(|c| Some((c, c.objects.as_ref()?))) {
             let apart = name.namespace.strip_suffix(&*cluster.info.name).and_then(|rest| rest.strip_suffix('.'));
@@ -48,6 +48,11 @@ impl<'a> Manifests<'a> {
     pub fn apply(&self, key: &ObjectKey, service: &mut MeshService, warnings: &mut Vec<String>) {
         let Some(manifest) = self.of(key, warnings) else { return };
         service.manifest = Some(Arc::clone(manifest));
+        if manifest.retries.as_ref().is_some_and(|retries| retries.on.is_some()) {
+            warnings.push(format!(
+                "ServiceManifest {key}: spec.retries.on is called retryOn now, and will not be read for ever"
+            ));
+        }
         if service.clusters.is_empty() {
             if manifest.egress.is_none() {
                 warnings.push(format!("ServiceManifest {key} is of no service: there is none of this name"));

@@ -200,6 +200,8 @@ pub const PASSTHROUGH: &str = ORIGINAL_DST_CLUSTER;
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::policy::tests::FULL;
 
@@ -243,6 +245,13 @@ mod tests {
         assert_eq!((objects.manifests.len(), warnings.len()), (1, 1));
         assert!(warnings[0].contains("cannot hold for port 5432, which speaks tcp"), "{warnings:?}");
         assert_eq!(check(FULL).unwrap().1, [""; 0]);
+        // As objects have it that were stored when it was called so.
+        let (objects, warnings) =
+            check(&format!("{}{service}", FULL.replace("retryOn", "\"on\"").replace("http2", "http"))).unwrap();
+        let manifest = objects.manifests.values().next().unwrap();
+        assert_eq!(manifest.retries.as_ref().unwrap().conditions().map(BTreeSet::len), Some(3));
+        assert!(warnings[0].contains("spec.retries.on is called retryOn now"), "{warnings:?}");
+        assert_eq!(check(&FULL.replace("retryOn", "\"on\"")).unwrap().1.len(), 1, "without its service, too");
     }
 
     #[test]

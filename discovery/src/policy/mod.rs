@@ -81,8 +81,18 @@ pub struct Retries {
     pub attempts: u8,
     /// What of. Without it only of what cannot have reached the service.
     pub retry_on: Option<BTreeSet<RetryOn>>,
+    /// What `retryOn` was called once, as objects may have it that are stored already.
+    pub on: Option<BTreeSet<RetryOn>>,
     /// How long each try may take.
     pub per_try_timeout: Option<Span>,
+}
+
+impl Retries {
+    /// What of, by whichever name; `retryOn` counts where both are there.
+    #[must_use]
+    pub fn conditions(&self) -> Option<&BTreeSet<RetryOn>> {
+        self.retry_on.as_ref().or(self.on.as_ref())
+    }
 }
 
 /// What makes a call be tried again, by Envoy's names.

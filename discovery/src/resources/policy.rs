@@ -185,8 +185,8 @@ fn transport_socket(mtls: &policy::Mtls, protocol: Protocol) -> TransportSocket 
 
 /// What is tried again. `otherwise` holds where the manifest does not say of what.
 pub(super) fn retry_policy(retries: &Retries, otherwise: &str) -> Option<RetryPolicy> {
-    let Retries { attempts, retry_on, per_try_timeout } = retries;
-    let retry_on = match retry_on {
+    let Retries { attempts, per_try_timeout, .. } = retries;
+    let retry_on = match retries.conditions() {
         Some(on) => on.iter().map(|on| on.name()).collect::<Vec<_>>().join(","),
         None => otherwise.to_owned(),
     };

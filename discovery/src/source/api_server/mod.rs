@@ -18,7 +18,7 @@ use culvert_kube_api::{Access, KubernetesConfig, Object, Objects, Selection, Wat
 use self::state::{Collected, News, Read, Shared};
 use super::{Source, SourceError};
 use crate::kubernetes::convert::{self, Deleted, Kind};
-use crate::kubernetes::{EndpointSlice, Node, ObjectKey, Pod, Service, VirtualIps};
+use crate::kubernetes::{EndpointSlice, Node, ObjectKey, Pod, PodId, Service, VirtualIps};
 use crate::policy::ServiceManifest;
 use crate::registry::{RegistryHandle, SourceUpdate};
 use crate::secrets::{self, Secret};
@@ -120,12 +120,13 @@ impl<K: Kind> Objects for Told<K> {
     type Picture = Collected<K>;
 
     fn collect(picture: &mut Collected<K>, object: &Object<'_>) {
-        let (key, object) = read(object);
-        picture.add(key, object);
+        let (key, object, pod) = read(object);
+        picture.add(key, object, pod);
     }
 
     fn discard(picture: &mut Collected<K>, object: &Object<'_>) {
-        picture.remove(&key_of(object));
+        let pod = deleted_pod::<K>(object).map(|deleted| PodId::of(&deleted.uid));
+        picture.remove(&key_of(object), pod);
     }
 
     fn replace(&self, picture: Collected<K>) {
@@ -133,16 +134,18 @@ impl<K: Kind> Objects for Told<K> {
     }
 
     fn add(&self, object: &Object<'_>) {
-        let (key, object) = read::<K>(object);
-        self.shared.add(key, object);
+        let (key, object, pod) = read::<K>(object);
+        self.shared.add(key, object, pod);
     }
 
     fn remove(&self, object: &Object<'_>) {
         let key = key_of(object);
         self.shared.remove::<K>(&key);
-        let deleted = (K::KIND == Pod::KIND).then(|| Deleted::read(object.text)).flatten();
-        if let Some(deleted) = deleted.filter(|deleted| deleted.was_leaving || !self.selects) {
-            self.shared.pod_gone(deleted.uid, key);
+        if let Some(Deleted { uid, was_leaving }) = deleted_pod::<K>(object) {
+            self.shared.pod_out_of_sight(&uid);
+            if was_leaving || !self.selects {
+                self.shared.pod_gone(uid, key);
+            }
         }
     }
 
@@ -166,23 +169,31 @@ fn key_of(object: &Object<'_>) -> ObjectKey {
     convert::key_of(object.text).unwrap_or_else(|| ObjectKey::new("", ""))
 }
 
-/// Reads one object, which others do not suffer from.
-fn read<K: Kind>(object: &Object<'_>) -> (ObjectKey, Read<K>) {
+/// What an API server says of a Pod that it tells of as deleted.
+fn deleted_pod<K: Kind>(object: &Object<'_>) -> Option<Deleted> {
+    (K::KIND == Pod::KIND).then(|| Deleted::read(object.text)).flatten()
+}
+
+/// Reads one object, which others do not suffer from. Of a Pod also its id, whether the Pod matters or not.
+fn read<K: Kind>(object: &Object<'_>) -> (ObjectKey, Read<K>, Option<PodId>) {
     if let Some(kind) = object.foreign {
         let key = key_of(object);
         let error = format!("a watch of {}s brought a {}: {key}", K::KIND, kind.escape_debug());
-        return (key, Err(error));
+        return (key, Err(error), None);
     }
     match convert::read_json::<K>(object.text) {
-        Ok((key, read)) => (key, Ok(read.filter(K::matters))),
+        Ok((key, read)) => {
+            let pod = read.as_ref().and_then(K::pod_id);
+            (key, Ok(read.filter(K::matters)), pod)
+        }
         Err(error) => match convert::key_of(object.text) {
-            Some(key) => (key, Err(error.to_string())),
+            Some(key) => (key, Err(error.to_string()), None),
             None => {
                 let place = match object.index {
                     Some(index) => format!("object {index} of a list"),
                     None => "an object of a watch".to_owned(),
                 };
-                (key_of(object), Err(format!("{place}: {error}")))
+                (key_of(object), Err(format!("{place}: {error}")), None)
             }
         },
     }

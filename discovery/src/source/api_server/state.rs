@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use crate::kubernetes::convert::Kind;
-use crate::kubernetes::{Node, ObjectKey, Objects};
+use crate::kubernetes::{Node, ObjectKey, Objects, Pod, PodId};
 use crate::policy::ServiceManifest;
 use crate::registry::{FileError, SourceHealth};
 use crate::secrets::Secret;
@@ -33,6 +33,8 @@ struct State {
     objects: Objects,
     kinds: BTreeMap<&'static str, KindState>,
     objects_changed: bool,
+    /// Pods that there are, as far as could be read, whether they matter or not.
+    pods: HashSet<PodId>,
     /// When the Pods of `objects.gone` were deleted.
     gone_since: BTreeMap<String, Instant>,
     tidied: Option<Instant>,
@@ -62,11 +64,13 @@ pub(super) struct News {
 pub(super) struct Collected<K> {
     objects: BTreeMap<ObjectKey, Arc<K>>,
     wrong: BTreeMap<ObjectKey, String>,
+    /// Of Pods, those also that do not matter.
+    pods: HashSet<PodId>,
 }
 
 impl<K> Default for Collected<K> {
     fn default() -> Self {
-        Self { objects: BTreeMap::new(), wrong: BTreeMap::new() }
+        Self { objects: BTreeMap::new(), wrong: BTreeMap::new(), pods: HashSet::new() }
     }
 }
 
@@ -74,8 +78,9 @@ impl<K> Default for Collected<K> {
 pub(super) type Read<K> = Result<Option<K>, String>;
 
 impl<K: Kind> Collected<K> {
-    pub(super) fn add(&mut self, key: ObjectKey, object: Read<K>) {
-        self.remove(&key);
+    pub(super) fn add(&mut self, key: ObjectKey, object: Read<K>, pod: Option<PodId>) {
+        self.remove(&key, None);
+        self.pods.extend(pod);
         match object {
             Ok(Some(object)) => {
                 self.objects.insert(key, Arc::new(object));
@@ -87,13 +92,31 @@ impl<K: Kind> Collected<K> {
         }
     }
 
-    pub(super) fn remove(&mut self, key: &ObjectKey) {
+    pub(super) fn remove(&mut self, key: &ObjectKey, pod: Option<PodId>) {
         self.objects.remove(key);
         self.wrong.remove(key);
+        if let Some(pod) = pod {
+            self.pods.remove(&pod);
+        }
     }
 }
 
 impl State {
+    /// From now on slices may list Pods that are not known: those that come while Pods cannot be read.
+    fn lose_sight_of_pods(&mut self) {
+        let listed = self.objects.slices.values().flat_map(|slice| &slice.endpoints);
+        let listed = listed.filter_map(|endpoint| endpoint.target_uid.as_deref().map(PodId::of));
+        // Those of Pods that are not selected, too.
+        let known = self.pods.iter().copied().chain(listed).collect();
+        self.objects.known_pods = Some(Arc::new(known));
+        self.objects_changed = true;
+    }
+
+    /// Pods can be read again.
+    fn regain_sight_of_pods(&mut self) {
+        self.objects_changed |= self.objects.known_pods.take().is_some();
+    }
+
     /// Forgets deleted Pods that no slice lists any more.
     fn tidy_up(&mut self, now: Instant) {
         let recent = |since: Instant| now.saturating_duration_since(since) < REMEMBERED;
@@ -130,7 +153,7 @@ impl Shared {
 
     /// Takes in all objects of a kind. An object that cannot be used any more keeps its last good version.
     pub(super) fn replace<K: Kind>(&self, collected: Collected<K>) {
-        let Collected { mut objects, wrong } = collected;
+        let Collected { mut objects, wrong, pods } = collected;
         self.with(|state| {
             let known = K::among(&mut state.objects);
             for key in wrong.keys() {
@@ -141,6 +164,13 @@ impl Shared {
             if **known != objects {
                 *known = Arc::new(objects);
                 state.objects_changed = true;
+            }
+            if K::NAME == Pod::NAME {
+                if let Some(known) = &mut state.objects.known_pods {
+                    Arc::make_mut(known).extend(&pods);
+                    state.objects_changed = true;
+                }
+                state.pods = pods;
             }
             let kind = state.kinds.entry(K::NAME).or_default();
             for error in wrong.iter().filter(|(key, error)| kind.wrong.get(key) != Some(error)).map(|(_, error)| error)
@@ -156,8 +186,9 @@ impl Shared {
     }
 
     /// Takes in one object.
-    pub(super) fn add<K: Kind>(&self, key: ObjectKey, object: Read<K>) {
+    pub(super) fn add<K: Kind>(&self, key: ObjectKey, object: Read<K>, pod: Option<PodId>) {
         self.with(|state| {
+            state.pods.extend(pod);
             let wrong = &mut state.kinds.entry(K::NAME).or_default().wrong;
             let known = K::among(&mut state.objects);
             match object {
@@ -190,6 +221,11 @@ impl Shared {
         });
     }
 
+    /// Forgets a Pod that is not told of any more: it was deleted, or is not selected any more.
+    pub(super) fn pod_out_of_sight(&self, uid: &str) {
+        self.with(|state| state.pods.remove(&PodId::of(uid)));
+    }
+
     /// Remembers that a Pod is no more, whatever slices say of it.
     pub(super) fn pod_gone(&self, uid: String, key: ObjectKey) {
         self.with(|state| {
@@ -201,7 +237,12 @@ impl Shared {
 
     /// Notes that objects of this kind can be read.
     pub(super) fn works<K: Kind>(&self) {
-        let failing = self.with(|state| state.kinds.entry(K::NAME).or_default().failing.take());
+        let failing = self.with(|state| {
+            if K::NAME == Pod::NAME {
+                state.regain_sight_of_pods();
+            }
+            state.kinds.entry(K::NAME).or_default().failing.take()
+        });
         if let Some((since, _)) = failing {
             info!("cluster `{}`: {}s can be read again, for the first time since {since:.0}", self.cluster, K::NAME);
         }
@@ -210,6 +251,10 @@ impl Shared {
     /// Notes that objects of this kind cannot be read.
     pub(super) fn fails<K: Kind>(&self, error: &str) {
         let news = self.with(|state| {
+            let kind = state.kinds.entry(K::NAME).or_default();
+            if K::NAME == Pod::NAME && kind.read && kind.failing.is_none() {
+                state.lose_sight_of_pods();
+            }
             let failing = &mut state.kinds.entry(K::NAME).or_default().failing;
             let news = failing.as_ref().is_none_or(|(_, known)| known != error);
             let since = failing.as_ref().map_or_else(Timestamp::now, |(since, _)| *since);
@@ -280,5 +325,47 @@ impl Shared {
             warnings,
         };
         News { objects, read, health }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kubernetes::manifest::parse;
+
+    /// A slice that lists a Pod of this unique id.
+    fn slice_of(uid: &str) -> Objects {
+        let text = format!(
+            "{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {{name: s}}, addressType: IPv4, endpoints: \
+             [{{addresses: [10.1.0.1], targetRef: {{kind: Pod, name: p, uid: {uid}}}}}]}}"
+        );
+        parse(&text).unwrap()
+    }
+
+    #[test]
+    fn deleted_pods_are_forgotten_when_no_slice_lists_them() {
+        let start = Instant::now();
+        let mut state = State { objects: slice_of("listed"), ..State::default() };
+        for (uid, after) in [("listed", 0), ("unlisted", 0), ("later", 50)] {
+            let since = start + Duration::from_secs(after);
+            state.gone_since.insert(uid.to_owned(), since);
+            Arc::make_mut(&mut state.objects.gone).insert(uid.to_owned(), ObjectKey::new("default", uid));
+        }
+        let gone = |state: &mut State, after: Duration| {
+            state.tidy_up(start + after);
+            assert!(state.gone_since.keys().eq(state.objects.gone.keys()), "{state:?}");
+            state.objects.gone.keys().cloned().collect::<Vec<_>>().join(" ")
+        };
+        let second = Duration::from_secs(1);
+        // A slice that lists it may be on its way.
+        assert_eq!(gone(&mut state, REMEMBERED - second), "later listed unlisted");
+        assert_eq!(
+            gone(&mut state, REMEMBERED * 2 - second * 2),
+            "later listed unlisted",
+            "it is not looked again so soon"
+        );
+        assert_eq!(gone(&mut state, REMEMBERED * 2 - second), "listed");
+        state.objects.slices = slice_of("another").slices;
+        assert_eq!(gone(&mut state, REMEMBERED * 3 - second), "");
     }
 }
