@@ -135,10 +135,12 @@ async fn serve(
     };
     let plane = DataPlane::start(Options { workers, drain_time: drain_time(flags), interception })
         .context("cannot start the workers")?;
+    let admin = Admin { log_level: admin.0, thread: admin.1, leave: Arc::new(Notify::new()) };
+    let leave_admin = Arc::clone(&admin.leave);
     let result = run(flags, message, bootstrap, admin, &plane, &mut signals, (started, started_at)).await;
     // After a failure whoever starts it again is not kept waiting.
     if result.is_ok() {
-        drain(flags, &plane, &mut signals).await;
+        drain(flags, &plane, &mut signals, &leave_admin).await;
     } else {
         plane.let_go().await;
     }
@@ -148,11 +150,19 @@ async fn serve(
     result
 }
 
+/// What the admin interface needs of its own.
+struct Admin {
+    log_level: LogControl,
+    thread: Handle,
+    /// Woken when its address is to be another daemon's.
+    leave: Arc<Notify>,
+}
+
 async fn run(
     flags: &Flags,
     message: BootstrapMessage,
     mut bootstrap: Bootstrap,
-    (log_level, admin_thread): (LogControl, Handle),
+    Admin { log_level, thread: admin_thread, leave }: Admin,
     plane: &DataPlane,
     signals: &mut Signals,
     (started, started_at): (Instant, SystemTime),
@@ -265,6 +275,12 @@ async fn run(
             };
             admin::run(admin, listener).await;
         };
+        let serving = async move {
+            tokio::select! {
+                () = serving => {}
+                () = leave.notified() => std::future::pending().await,
+            }
+        };
         tasks.spawn_on("serves the admin interface", serving, &admin_thread);
     }
 
@@ -357,11 +373,23 @@ async fn bind_when_free(address: std::net::SocketAddr) -> TcpListener {
     }
 }
 
-/// Lets connections finish, for at most `--drain-time-s`, or until a second signal.
-async fn drain(flags: &Flags, plane: &DataPlane, signals: &mut Signals) {
+/// Lets connections finish, for at most `--drain-time-s`, or until a second signal. Where another daemon has taken over, the admin
+/// interface is left to that one at once: who asks whether the node is ready, means that one.
+async fn drain(flags: &Flags, plane: &DataPlane, signals: &mut Signals, leave_admin: &Notify) {
     plane.let_go().await;
     plane.shut().await;
     let limit = drain_time(flags);
+    let followed = async {
+        let mut tick = tokio::time::interval(Duration::from_millis(250));
+        loop {
+            tick.tick().await;
+            if plane.with_interception(Interception::is_followed).unwrap_or(false) {
+                tracing::info!("another daemon serves: the admin interface is left to it");
+                leave_admin.notify_one();
+                return std::future::pending::<()>().await;
+            }
+        }
+    };
     let finished = async {
         let mut tick = tokio::time::interval(Duration::from_millis(10));
         while plane.connections() > 0 {
@@ -373,6 +401,7 @@ async fn drain(flags: &Flags, plane: &DataPlane, signals: &mut Signals) {
     }
     tokio::select! {
         () = finished => {}
+        () = followed => {}
         () = tokio::time::sleep(limit) => tracing::warn!(connections = plane.connections(), "drain time is over"),
         () = signals.stop() => tracing::warn!(connections = plane.connections(), "told twice: not waiting any longer"),
     }

@@ -266,12 +266,17 @@ fn every_complaint_has_a_test() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
     let text = fs::read_to_string(root.join("docs/complaints.md")).expect("docs/complaints.md");
     let mut functions = HashSet::new();
-    let mut files: Vec<PathBuf> =
-        ["proxy-daemon/tests", "proxy-daemon/src/intercept", "tests/tests", "discovery/tests"]
-            .iter()
-            .flat_map(|directory| fs::read_dir(root.join(directory)).expect("a directory"))
-            .map(|entry| entry.expect("an entry").path())
-            .collect();
+    let mut files: Vec<PathBuf> = [
+        "proxy-daemon/tests",
+        "proxy-daemon/src/intercept",
+        "tests/tests",
+        "tests/tests/interception",
+        "discovery/tests",
+    ]
+    .iter()
+    .flat_map(|directory| fs::read_dir(root.join(directory)).expect("a directory"))
+    .map(|entry| entry.expect("an entry").path())
+    .collect();
     files.retain(|path| path.extension().is_some_and(|it| it == "rs"));
     for file in files {
         let source = fs::read_to_string(file).expect("a source file");

@@ -8,10 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use culvert_tests::binaries::binary_arg;
 use culvert_tests::lab::{Lab, Node, Pod, Process};
-use culvert_tests::load::Report;
 use culvert_tests::stats::{Stats, admin_get};
 use culvert_tests::wait_until;
 use nix::sys::signal::Signal;
+
+#[path = "interception/upgrades.rs"]
+mod upgrades;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 const ADMIN: &str = "127.0.0.1:9901";
@@ -392,115 +394,5 @@ fn pods_are_enrolled_and_the_node_says_when_one_is_not() -> Result<()> {
     assert!(!stage.pins().exists());
     assert_eq!(stage.culvert(&["clean", "--pin-path", &stage.pins().display().to_string()])?, "nothing to remove\n");
     call(&stage.pod, &urls(&stage.far)[0])?;
-    Ok(())
-}
-
-/// istio#43991, istio#51126, cilium#35425: a new daemon is started beside the old one, and then the old one is ended.
-#[test]
-fn an_upgrade_under_load_loses_no_new_connection() -> Result<()> {
-    let stage = Stage::new("upgrade")?;
-    let bootstrap = stage.bootstrap(&stage.by_address(), stage.far.ipv4())?;
-    let mut old = stage.daemon(&bootstrap, &[])?;
-    stage.wait_until_ready(&mut old)?;
-    let (lab_load, url) = (binary_arg("lab-load")?, format!("http://{VIP}/"));
-    call(&stage.pod, &url)?;
-    // A port that is used again soon is counted apart.
-    let redirected =
-        || -> Result<u64> { Ok(stage.stat("interception.redirected")? + stage.stat("interception.reopened")?) };
-    let before = (stage.account()?, redirected()?);
-    // Without a daemon nobody answers at that address: a gap would be seen.
-    let load = stage.pod.spawn("lab-load", &[&lab_load, &url, "--new-connections", "-c", "4", "--seconds", "12"])?;
-
-    let mut new = stage.daemon(&bootstrap, &[])?;
-    wait_until(DEADLINE, "the new daemon to have taken over", || {
-        new.check_running()?;
-        ensure!(new.stderr().contains("stay attached until"), "it has not met the old one: {}", new.stderr());
-        ensure!(
-            new.stderr().contains("program=\"redirect_outbound\"") && !stage.pins().join("next").exists(),
-            "not yet"
-        );
-        Ok(())
-    })?;
-    old.signal(Signal::SIGTERM)?;
-    let ended = old.wait(DEADLINE)?;
-    assert!(ended.status.success() && ended.stderr.contains("another daemon has taken over"), "{}", ended.stderr);
-    // Its admin interface is the new one's.
-    stage.wait_until_ready(&mut new)?;
-    let report: Report = serde_json::from_str(&load.wait(Duration::from_secs(60))?.success()?)?;
-    assert!(report.requests > 100 && report.failed() == 0, "{report:?}");
-    // Whichever daemon had them, each is counted once; a SYN that is sent again is one more.
-    let after = (stage.account()?, redirected()?);
-    assert_eq!(after.0.0, before.0.0, "since when the pod is enrolled");
-    let (opened, redirected) = (after.0.1 - before.0.1, after.1 - before.1);
-    assert!(opened >= report.requests && redirected >= report.requests, "{opened}, {redirected}: {report:?}");
-    assert!(opened < 2 * report.requests && redirected < 2 * report.requests, "{opened}, {redirected}: {report:?}");
-    both_directions(&stage)?;
-    new.signal(Signal::SIGTERM)?;
-    new.wait(DEADLINE)?;
-    assert!(!stage.pins().exists(), "the last one removes everything");
-    Ok(())
-}
-
-/// A new daemon takes over, and is ended: the old one, which still runs, serves again.
-#[test]
-fn an_upgrade_that_is_taken_back_loses_no_new_connection() -> Result<()> {
-    let stage = Stage::new("rollback")?;
-    let bootstrap = stage.bootstrap(&stage.by_address(), stage.far.ipv4())?;
-    let mut old = stage.daemon(&bootstrap, &[])?;
-    stage.wait_until_ready(&mut old)?;
-    let (lab_load, url) = (binary_arg("lab-load")?, format!("http://{VIP}/"));
-    call(&stage.pod, &url)?;
-    // Without a daemon nobody answers at that address: a gap would be seen.
-    let load = stage.pod.spawn("lab-load", &[&lab_load, &url, "--new-connections", "-c", "4", "--seconds", "12"])?;
-    let mut new = stage.daemon(&bootstrap, &[])?;
-    wait_until(DEADLINE, "the new daemon to have taken over", || {
-        new.check_running()?;
-        ensure!(
-            new.stderr().contains("program=\"redirect_outbound\"") && !stage.pins().join("next").exists(),
-            "not yet"
-        );
-        Ok(())
-    })?;
-    new.signal(Signal::SIGTERM)?;
-    let ended = new.wait(DEADLINE)?;
-    assert!(ended.status.success() && ended.stderr.contains("another daemon has taken over"), "{}", ended.stderr);
-    assert!(old.stderr().contains("takes over again"), "{}", old.stderr());
-    let report: Report = serde_json::from_str(&load.wait(Duration::from_secs(60))?.success()?)?;
-    assert!(report.requests > 100 && report.failed() == 0, "{report:?}");
-    old.check_running()?;
-    both_directions(&stage)?;
-    old.signal(Signal::SIGTERM)?;
-    old.wait(DEADLINE)?;
-    assert!(!stage.pins().exists(), "the last one removes everything");
-    Ok(())
-}
-
-/// What is open may take its time; new connections of a pod that fails closed are not refused meanwhile.
-#[test]
-fn a_daemon_that_drains_refuses_nothing() -> Result<()> {
-    let stage = Stage::new("drains")?;
-    let enrolled = format!("{}    failure_policy: FAIL_CLOSED\n", stage.by_address());
-    let bootstrap = stage.bootstrap(&enrolled, stage.far.ipv4())?;
-    let mut daemon = stage.daemon_that_drains(&bootstrap, &[], "300")?;
-    stage.wait_until_ready(&mut daemon)?;
-    let hold = format!("exec 3<>/dev/tcp/{}/8080; exec sleep 600", stage.far.ipv4());
-    let held = stage.pod.spawn("hold", &["bash", "-c", &hold])?;
-    wait_until(DEADLINE, "a connection to be open", || {
-        ensure!(stage.stat("interception.redirected")? > 0, "not yet");
-        Ok(())
-    })?;
-    daemon.signal(Signal::SIGTERM)?;
-    wait_until(DEADLINE, "new connections to pass", || {
-        daemon.check_running()?;
-        ensure!(daemon.stderr().contains("draining; a second signal ends it"), "{}", daemon.stderr());
-        Ok(())
-    })?;
-    for url in urls(&stage.far) {
-        call(&stage.pod, &url)?;
-    }
-    daemon.check_running().context("all this was while it drained")?;
-    drop(held);
-    daemon.wait(DEADLINE)?;
-    assert!(!stage.pins().exists());
     Ok(())
 }
