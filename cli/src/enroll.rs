@@ -15,12 +15,14 @@ use crate::http;
 /// Shown after the flags' help of `culvert enroll`.
 pub const HELP: &str = "\
 The pod's address, or those of its network namespace, are enrolled at once, without a restart; a restart of the daemon keeps
-it (state_path of the extension). It ends when the pod's interface goes: who gets the address later is another pod.
+it (state_path of the extension). It ends when the pod's interface goes: who gets the address later is another pod. A name that
+is enrolled already gets the address besides. A cgroup stays enrolled by its path until it is unenrolled.
 
 Examples:
   culvert enroll 10.244.1.7 fd00:10:244:1::7       both addresses of a pod
   culvert enroll --netns /run/netns/web --direction both
   culvert enroll --pid 4711 --name web             the network namespace of a process
+  culvert enroll --cgroup /sys/fs/cgroup/system.slice/shop.service      programs of the node itself
   culvert unenroll web
   culvert status --node                            what is enrolled, and what is not, and why";
 
@@ -28,7 +30,7 @@ Examples:
 #[derive(Debug, Args)]
 pub struct Flags {
     /// Addresses of the pod
-    #[arg(value_name = "ADDRESS", required_unless_present_any = ["netns", "pid"])]
+    #[arg(value_name = "ADDRESS", required_unless_present_any = ["netns", "pid", "cgroup"])]
     addresses: Vec<IpAddr>,
 
     /// Its network namespace: a name of `ip netns`, or a path
@@ -38,6 +40,14 @@ pub struct Flags {
     /// A process in its network namespace
     #[arg(long, value_name = "PID", conflicts_with = "addresses")]
     pid: Option<u32>,
+
+    /// A cgroup, whose processes are redirected when they connect; the extension needs `host`
+    #[arg(
+        long,
+        value_name = "PATH",
+        conflicts_with_all = ["addresses", "netns", "pid", "name", "direction", "failure_policy", "acceleration"]
+    )]
+    cgroup: Option<PathBuf>,
 
     /// What to call it; the default is its first address
     #[arg(long)]
@@ -77,8 +87,8 @@ impl Admin {
 /// Flags of `culvert unenroll`.
 #[derive(Debug, Args)]
 pub struct UnenrollFlags {
-    /// The name, or an address, of a pod that was enrolled by command
-    #[arg(value_name = "POD")]
+    /// The name, or an address, of a pod that was enrolled by command; or the path of a cgroup
+    #[arg(value_name = "POD|CGROUP")]
     pod: String,
 
     #[command(flatten)]
@@ -108,6 +118,11 @@ enum FailurePolicy {
 /// # Errors
 /// When the daemon cannot be asked, or refuses.
 pub fn enroll(flags: &Flags) -> anyhow::Result<String> {
+    if let Some(cgroup) = &flags.cgroup {
+        let cgroup = cgroup.to_str().context("the cgroup's path is not UTF-8")?;
+        http::post(&flags.admin.admin, &format!("/interception/enroll?cgroup={}", encoded(cgroup)))?;
+        return Ok(format!("enrolled {cgroup}\n"));
+    }
     let namespace = match (&flags.netns, flags.pid) {
         (Some(name), _) if name.components().count() == 1 => Some(Path::new("/run/netns").join(name)),
         (Some(path), _) => Some(path.clone()),

@@ -62,6 +62,18 @@ fn text(status: &Value) -> String {
         [] => "no pods are known\n".to_owned(),
         rows => table::lines(&columns, rows, "", table::terminal_width()),
     };
+    let cgroups = list(&status["cgroups"]);
+    if !cgroups.is_empty() {
+        let row = |cgroup: &Value| {
+            let state = if cgroup["attached"] == true { "enrolled" } else { "not there" };
+            let role = if cgroup["role"] == "host" { "host mode" } else { "balanced" };
+            let by = if cgroup["by_command"] == true { "command" } else { "bootstrap" };
+            vec![cell(&cgroup["cgroup"]), state.to_owned(), role.to_owned(), by.to_owned()]
+        };
+        let rows: Vec<Vec<String>> = cgroups.iter().map(row).collect();
+        text.push('\n');
+        text.push_str(&table::lines(&["CGROUP", "STATE", "HAS", "BY"], &rows, "", table::terminal_width()));
+    }
     let acceleration = &status["acceleration"];
     if acceleration["available"] == false {
         let (number, reason) = (cell(&acceleration["reason_number"]), cell(&acceleration["reason"]));
@@ -111,6 +123,20 @@ mod tests {
         let expected = "PAST TCP: listener outbound: off (configured joined, at run time off)
 PAST TCP: pods that say nothing: automatic; automatic here: shortcut\n";
         assert!(text(&status).ends_with(expected), "{}", text(&status));
+    }
+
+    #[test]
+    fn cgroups_say_what_they_have() {
+        let cgroup = |path: &str, role: &str, attached: bool, by_command: bool| json!({"cgroup": path, "role": role, "attached": attached, "by_command": by_command});
+        let cgroups =
+            [cgroup("/sys/fs/cgroup/a", "host", false, true), cgroup("/sys/fs/cgroup/b", "balance", true, false)];
+        let text = text(&json!({"pods": [], "cgroups": cgroups}));
+        let words = |path: &str| {
+            let line = text.lines().find(|line| line.starts_with(path)).unwrap_or_else(|| panic!("{text}"));
+            line[path.len()..].split_whitespace().collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(words("/sys/fs/cgroup/a"), "not there host mode command");
+        assert_eq!(words("/sys/fs/cgroup/b"), "enrolled balanced bootstrap");
     }
 
     #[test]

@@ -268,6 +268,11 @@ fn a_pod_that_is_redirected_reaches_balanced_services_directly() {
         accept(&backend);
         app.connect(other).expect("others are redirected");
         accept(&worker);
+        // Whoever names the backend itself, in the cgroup or not.
+        app.connect(to).expect("redirected");
+        accept(&worker);
+        let _client = lab.client.connect(to).expect("redirected");
+        accept(&worker);
     }
     assert_eq!(counter(&interception, "passed_balanced"), 2);
     let _ = lab.cgroup();

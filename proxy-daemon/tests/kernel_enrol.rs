@@ -10,54 +10,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use culvert_proxy_daemon::intercept::{
-    Enrolment, Interception, InterceptionConfig, PodStatus, Policy, Selector, clean,
-};
+use culvert_proxy_daemon::intercept::{Interception, InterceptionConfig, clean};
 use culvert_proxy_ebpf::LAYOUT;
+use kernel_lab::manifests::{Manifests, pod};
 use kernel_lab::*;
-
-/// A directory of manifests, and a configuration that enrols the pods in it that have the label `mesh: on`.
-struct Manifests {
-    directory: PathBuf,
-}
-
-impl Manifests {
-    fn new(lab: &Lab) -> Self {
-        let directory = lab.state_path().parent().expect("a directory").join("pods");
-        fs::create_dir_all(&directory).expect("a directory");
-        Self { directory }
-    }
-
-    fn config(&self, lab: &Lab) -> InterceptionConfig {
-        let match_labels = [("mesh".to_owned(), "on".to_owned())].into();
-        let enrolment = Enrolment {
-            pod_manifests: self.directory.clone(),
-            kubernetes: None,
-            node_name: String::new(),
-            selectors: vec![Selector { match_labels, policy: Policy::default(), ..Selector::default() }],
-        };
-        InterceptionConfig { pods: Vec::new(), enrolment: Some(enrolment), ..lab.config() }
-    }
-
-    /// Writes a pod; the file changes in one step.
-    fn write(&self, name: &str, mesh: &str, address: &str, more: &str) {
-        let text = format!(
-            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, uid: u-{name}, labels: {{mesh: '{mesh}'}}{more}}}\n\
-             status: {{phase: Running, podIP: '{address}'}}\n"
-        );
-        let beside = self.directory.join(format!(".{name}"));
-        fs::write(&beside, text).expect("write");
-        fs::rename(beside, self.directory.join(format!("{name}.yaml"))).expect("rename");
-    }
-
-    fn remove(&self, name: &str) {
-        fs::remove_file(self.directory.join(format!("{name}.yaml"))).expect("remove");
-    }
-}
-
-fn pod(interception: &Interception, name: &str) -> Option<PodStatus> {
-    interception.pods().into_iter().find(|pod| pod.name == name)
-}
 
 fn is_enrolled(interception: &Interception, name: &str) -> bool {
     pod(interception, name).is_some_and(|pod| pod.enrolled)
@@ -249,6 +205,31 @@ fn pods_are_enrolled_by_command_and_a_restart_keeps_it() {
     assert!(!is_redirected(&lab, &interception));
     assert!(interception.unenrol("web").unwrap_err().to_string().contains("was not enrolled by command"));
 
+    // One more address of the same pod; and what is another's.
+    let enrol = |name: &str, text: &str| interception.enrol(Some(name.to_owned()), address(text), None, None, None);
+    enrol("web", CLIENT).expect("enrols");
+    enrol("web", CLIENT_V6).expect("adds");
+    let both: Vec<std::net::IpAddr> = vec![CLIENT.parse().unwrap(), CLIENT_V6.parse().unwrap()];
+    assert_eq!(pod(&interception, "web").unwrap().addresses, both);
+    assert!(is_enrolled(&interception, "web") && is_redirected(&lab, &interception));
+    for (name, text, words) in [
+        (
+            "other",
+            CLIENT_V6,
+            "web is enrolled by command with 10.201.1.2 and fd00:201:1::2: name it, or unenroll it first",
+        ),
+        (
+            "web",
+            SERVER,
+            "web is enrolled by command with 10.201.1.2 and fd00:201:1::2, on another interface than 10.201.2.2",
+        ),
+    ] {
+        let error = enrol(name, text).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    assert_eq!(pod(&interception, "web").unwrap().addresses, both);
+    interception.unenrol("web").expect("unenrols");
+
     // What is on another interface when the daemon comes back is another pod.
     interception.enrol(Some("web".to_owned()), address(CLIENT), None, None, None).expect("enrols");
     drop((interception, worker));
@@ -257,6 +238,30 @@ fn pods_are_enrolled_by_command_and_a_restart_keeps_it() {
     let (interception, _worker) = start(&lab, config());
     assert!(pod(&interception, "web").is_none());
     assert!(!is_redirected(&lab, &interception));
+    let written = fs::read_to_string(lab.state_path()).expect("the state file");
+    assert!(!written.contains("web"), "it would be missed at each start: {written}");
+    stop(&lab, interception);
+}
+
+/// istio#61182.
+#[test]
+fn pods_of_which_nobody_can_know_keep_the_node_from_being_ready() {
+    let lab = Lab::new();
+    let manifests = Manifests::new(&lab);
+    let mut config = manifests.config(&lab);
+    config.enrolment.as_mut().expect("set above").node_name = "node-a".to_owned();
+    // No node's.
+    manifests.write("client", "on", CLIENT, "");
+    let (interception, _worker) = start(&lab, config);
+    let faults = || interception.faults().join("; ");
+    assert!(faults().starts_with("enrolment.node_name node-a: none of the 1 pods of "), "{}", faults());
+    let own = "kind: Pod\nmetadata: {name: own}\nspec: {nodeName: node-a, hostNetwork: true}\n";
+    fs::write(manifests.directory.join("own.yaml"), own).expect("write");
+    eventually("ready", || interception.faults().is_empty());
+    fs::write(manifests.directory.join("bad.yaml"), own.replace("own", "[")).expect("write");
+    eventually("not ready", || faults().contains("bad.yaml: ") && faults().contains("nothing of it is in force"));
+    manifests.remove("bad");
+    eventually("ready", || interception.faults().is_empty());
     stop(&lab, interception);
 }
 

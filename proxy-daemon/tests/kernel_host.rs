@@ -311,3 +311,72 @@ fn a_daemon_that_dies_leaves_its_policy_and_its_successor_takes_over() {
     lab.node.run(|| stage.interception.shutdown()).expect("shuts down");
     eventually("an orderly end lets everything pass", || app.connect("10.201.9.2:80").is_ok());
 }
+
+#[test]
+fn cgroups_are_enrolled_by_command_and_a_restart_keeps_it() {
+    let lab = Lab::new();
+    let group = Group::new(None, "apps");
+    let path = group.path().to_str().expect("a path");
+    let config = || InterceptionConfig {
+        host: Some(HostMode { cgroups: Vec::new(), failure_policy: FailurePolicy::Closed }),
+        state_path: lab.state_path(),
+        ..host_config(&lab.pin_path, group.path(), FailurePolicy::Closed)
+    };
+    let without = lab.start(InterceptionConfig { host: None, ..lab.config() }, 1);
+    let refused = without.enrol_cgroup(path).unwrap_err().to_string();
+    assert!(refused.contains("there is no host mode"), "{refused}");
+    stop(&lab, without);
+
+    let interception = lab.start(config(), 1);
+    let mut app = Puppet::new(&lab.node, &group);
+    let far = lab.neighbour.listen("10.201.9.2:80");
+    let is_refused = |app: &mut Puppet| match app.connect("10.201.9.2:80") {
+        Ok((number, _)) => {
+            accept(&far);
+            app.order(&format!("close {number}")).expect("closes");
+            false
+        }
+        Err(errno) => {
+            assert_eq!(errno, nix::libc::ECONNREFUSED);
+            true
+        }
+    };
+    assert!(!is_refused(&mut app), "nobody has said anything");
+    for (bad, words) in [
+        ("/proc/self", "not a cgroup v2 directory"),
+        ("apps", "absolute"),
+        ("/sys/../sys", "`..`"),
+        ("/nowhere", "not a"),
+    ] {
+        let error = interception.enrol_cgroup(bad).unwrap_err().to_string();
+        assert!(error.contains(words), "{bad}: {error}");
+    }
+    assert_eq!(interception.cgroups(), []);
+    interception.enrol_cgroup(path).expect("enrols");
+    interception.enrol_cgroup(path).expect("is enrolled");
+    assert!(is_refused(&mut app), "no worker listens");
+    let status = interception.cgroups();
+    assert!(status.len() == 1 && status[0].attached && status[0].by_command && status[0].role == "host", "{status:?}");
+
+    // A crash and a restart.
+    drop(interception);
+    let interception = lab.start(config(), 1);
+    assert!(is_refused(&mut app));
+    assert_eq!(interception.cgroups(), status);
+    interception.unenrol(path).expect("unenrols");
+    assert!(!is_refused(&mut app));
+    assert!(interception.unenrol(path).unwrap_err().to_string().contains("was not enrolled by command"));
+
+    // One that goes and comes again, as a unit's does.
+    let unit = Group::new(None, "unit");
+    let path = unit.path().to_owned();
+    interception.enrol_cgroup(path.to_str().expect("a path")).expect("enrols");
+    drop(unit);
+    eventually("it is gone", || interception.cgroups().iter().all(|cgroup| !cgroup.attached));
+    assert_eq!(interception.cgroups().len(), 1);
+    fs::create_dir(&path).expect("a cgroup");
+    eventually("it has the programs again", || interception.cgroups().iter().all(|cgroup| cgroup.attached));
+    fs::remove_dir(&path).expect("remove");
+    assert_eq!(interception.faults(), Vec::<String>::new());
+    stop(&lab, interception);
+}

@@ -7,8 +7,9 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
-use aya::programs::{SchedClassifier, TcAttachType};
 use culvert_proxy_daemon::intercept::{Interception, InterceptionConfig, Range, Traffic};
+use kernel_lab::packets::{checksum, run_packet, syn};
+use kernel_lab::relay::{canonical, mapped, relayed, talk};
 use kernel_lab::*;
 
 /// A configuration that redirects these connections of both pods.
@@ -25,47 +26,6 @@ fn start(lab: &Lab, config: InterceptionConfig) -> (Interception, [TcpListener; 
     interception.set_listener(0, listeners[0].as_fd()).expect("outbound listener");
     interception.set_inbound_listener(0, listeners[1].as_fd()).expect("inbound listener");
     (interception, listeners)
-}
-
-fn talk(one: &mut Stream, other: &mut Stream) {
-    for _ in 0..2 {
-        one.write_all(b"hello").expect("write");
-        let mut word = [0; 5];
-        other.read_exact(&mut word).expect("read");
-        other.write_all(&word).expect("write");
-        one.read_exact(&mut word).expect("read");
-        assert_eq!(&word, b"hello");
-    }
-}
-
-fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
-}
-
-/// An address in the form that a dual-stack program uses for IPv4.
-fn mapped(address: &str) -> String {
-    let address: SocketAddr = address.parse().unwrap();
-    match address {
-        SocketAddr::V4(v4) => format!("[::ffff:{}]:{}", v4.ip(), v4.port()),
-        SocketAddr::V6(_) => address.to_string(),
-    }
-}
-
-/// A connection through the daemon, as it relays one: from `client`'s end to the program in the pod.
-fn relayed(lab: &Lab, client: &Namespace, to: &str, worker: &TcpListener, app: &TcpListener) {
-    let mut client = client.connect(to).unwrap_or_else(|error| panic!("{to}: {error}"));
-    let source = canonical(client.local_addr().unwrap());
-    let (mut accepted, peer) = accept(worker);
-    let destination: SocketAddr = to.parse().unwrap();
-    assert_eq!(canonical(accepted.local_addr().unwrap()), canonical(destination), "the destination is kept");
-    assert_eq!(canonical(peer), source, "the source is kept");
-    let from = SocketAddr::new(source.ip(), 0).to_string();
-    let onward = canonical(destination).to_string();
-    let mut upstream = lab.node.run(|| connect_as(&from, &onward)).expect("connects in the client's name");
-    let (mut served, peer) = accept(app);
-    assert_eq!(canonical(peer).ip(), source.ip(), "the pod sees the client");
-    talk(&mut client, &mut accepted);
-    talk(&mut upstream, &mut served);
 }
 
 #[test]
@@ -241,6 +201,44 @@ fn packet_too_big_reaches_the_daemon() {
     stop(&lab, interception);
 }
 
+/// A sender that forbids no fragments, behind a router with a smaller MTU.
+#[test]
+fn fragments_of_redirected_connections_are_put_together() {
+    const LENGTH: usize = 200_000;
+    let lab = Lab::new();
+    let (interception, [_outbound, worker]) = start(&lab, config(&lab, Traffic::Inbound));
+    let beyond = lab.beyond("10.201.8", "fd00:201:8:", 1500);
+    lab.neighbour.ip("link set eth0 mtu 1000");
+    let mut client = beyond.connect(&format!("{CLIENT}:80")).expect("connects");
+    let (never, length) = (nix::libc::IP_PMTUDISC_DONT, size_of::<nix::libc::c_int>() as nix::libc::socklen_t);
+    // SAFETY: the option's value is an int.
+    let result = unsafe {
+        nix::libc::setsockopt(
+            client.0.as_raw_fd(),
+            nix::libc::IPPROTO_IP,
+            nix::libc::IP_MTU_DISCOVER,
+            (&raw const never).cast(),
+            length,
+        )
+    };
+    assert_eq!(result, 0, "IP_MTU_DISCOVER");
+    let (mut accepted, _) = accept(&worker);
+    let sent: Vec<u8> = (0..LENGTH).map(|place| (place % 251) as u8).collect();
+    let mut received = vec![0; LENGTH];
+    std::thread::scope(|scope| {
+        scope.spawn(|| client.write_all(&sent).expect("writes"));
+        accepted.read_exact(&mut received).expect("reads");
+    });
+    assert!(sent == received);
+    let snmp = lab.node.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp")).expect("reads");
+    let mut lines = snmp.lines().filter(|line| line.starts_with("Ip:")).map(|line| line.split_whitespace());
+    let (names, numbers) = (lines.next().expect("names"), lines.next().expect("numbers"));
+    let put_together = names.zip(numbers).find(|(name, _)| *name == "ReasmOKs").expect("is counted").1;
+    assert_ne!(put_together, "0", "nothing came in pieces: {snmp}");
+    assert_eq!(counter(&interception, "passed_fragment"), 0);
+    stop(&lab, interception);
+}
+
 #[test]
 fn ping_and_udp_pass() {
     let lab = Lab::new();
@@ -318,87 +316,6 @@ fn vlan_tags_do_no_harm() {
     eventually("the tagged packet is left alone", || counter(&interception, "passed_vlan") == 1);
     assert_eq!(counter(&interception, "redirected"), 0);
     stop(&lab, interception);
-}
-
-/// One run of the program of an interface with a packet: what it says, and the packet afterwards.
-fn run_packet(lab: &Lab, interface: &str, packet: &[u8]) -> Option<(u32, Vec<u8>)> {
-    /// The part of `union bpf_attr` for BPF_PROG_TEST_RUN (linux/bpf.h).
-    #[repr(C)]
-    struct TestRun {
-        program: u32,
-        result: u32,
-        size_in: u32,
-        size_out: u32,
-        data_in: u64,
-        data_out: u64,
-        repeat: u32,
-        duration: u32,
-        rest: [u64; 6],
-    }
-    const BPF_PROG_TEST_RUN: i32 = 10;
-    lab.node.run(|| {
-        let (_, programs) = SchedClassifier::query_tcx(interface, TcAttachType::Ingress).expect("query");
-        let program = programs.first().expect("a program").fd().expect("its descriptor");
-        let mut out = vec![0_u8; packet.len() + 64];
-        let mut attributes = TestRun {
-            program: program.as_fd().as_raw_fd().cast_unsigned(),
-            result: 0,
-            size_in: packet.len() as u32,
-            size_out: out.len() as u32,
-            data_in: packet.as_ptr() as u64,
-            data_out: out.as_mut_ptr() as u64,
-            repeat: 1,
-            duration: 0,
-            rest: [0; 6],
-        };
-        let size = size_of::<TestRun>();
-        // SAFETY: the attributes are laid out as the kernel's, and what they point to outlives the call.
-        let result =
-            unsafe { nix::libc::syscall(nix::libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attributes, size as u32) };
-        out.truncate(attributes.size_out as usize);
-        (result == 0).then_some((attributes.result, out))
-    })
-}
-
-/// A frame with a SYN in it. `options` of IP are whole words.
-fn syn(ipv6: bool, options: &[u8]) -> Vec<u8> {
-    let mut tcp = vec![0x9c, 0x40, 0, 80, 1, 2, 3, 4, 0, 0, 0, 0, 0x60, 0x02, 0xfa, 0xf0, 0, 0, 0, 0, 2, 4, 5, 0xb4];
-    let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
-    let pseudo;
-    if ipv6 {
-        let (source, destination): (std::net::Ipv6Addr, std::net::Ipv6Addr) =
-            (CLIENT_V6.parse().unwrap(), VIP_V6.parse().unwrap());
-        frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, tcp.len() as u8, 6, 17]);
-        pseudo = [source.octets(), destination.octets()].concat();
-        frame.extend(&pseudo);
-    } else {
-        let (source, destination): (std::net::Ipv4Addr, std::net::Ipv4Addr) =
-            (CLIENT.parse().unwrap(), VIP.parse().unwrap());
-        let words = 5 + options.len() / 4;
-        frame.extend([8, 0]);
-        let total = (words * 4 + tcp.len()) as u8;
-        let mut ip = vec![0x40 | words as u8, 0, 0, total, 0, 1, 0x40, 0, 17, 6, 0, 0];
-        pseudo = [source.octets(), destination.octets()].concat();
-        ip.extend(&pseudo);
-        ip.extend(options);
-        let sum = checksum(&[&ip]);
-        ip[10..12].copy_from_slice(&sum.to_be_bytes());
-        frame.extend(ip);
-    }
-    let sum = checksum(&[&pseudo, &[0, 6, 0, tcp.len() as u8], &tcp]);
-    tcp[16..18].copy_from_slice(&sum.to_be_bytes());
-    frame.extend(tcp);
-    frame
-}
-
-/// The Internet checksum of what is even in length.
-fn checksum(parts: &[&[u8]]) -> u16 {
-    let words = parts.iter().flat_map(|part| part.chunks(2)).map(|two| u32::from(u16::from_be_bytes([two[0], two[1]])));
-    let mut sum: u32 = words.sum();
-    while sum >> 16 != 0 {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !(sum as u16)
 }
 
 /// Whether the program takes a packet is asked of the program alone, without a network.

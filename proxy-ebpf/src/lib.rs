@@ -18,6 +18,9 @@ pub use reason::Reason;
 /// to those that packets carry.
 pub type Address = [u8; 16];
 
+/// An Ethernet address.
+pub type LinkAddress = [u8; 6];
+
 /// The IPv4-mapped form of an IPv4 address in network byte order.
 #[inline(always)]
 pub const fn v4_mapped(address: [u8; 4]) -> Address {
@@ -40,6 +43,8 @@ pub const MAX_WORKERS: u32 = 128;
 pub const MAX_PODS: usize = 16_384;
 /// How many of the node's own addresses are known to the kernel programs.
 pub const MAX_LOCAL_ADDRESSES: usize = 4_096;
+/// How many ports of bridges can have the programs.
+pub const MAX_BRIDGE_PORTS: usize = 16_384;
 /// How many destination ranges can be excluded.
 pub const MAX_EXCLUDED_RANGES: usize = 4_096;
 /// How many destination ports can be excluded.
@@ -281,11 +286,29 @@ pub struct SockLayout {
     pub state: u32,
 }
 
+/// How many packets of which pieces are under way are remembered.
+pub const MAX_FRAGMENTED: usize = 4_096;
+
+/// A packet of one of the daemon's connections that comes in pieces.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FragmentKey {
+    /// IPv4 addresses: TCP over IPv6 knows no pieces.
+    pub source: [u8; 4],
+    /// Likewise.
+    pub destination: [u8; 4],
+    /// The packet's number, as the packet has it.
+    pub id: u16,
+    /// 0.
+    pub unused: u16,
+}
+
 /// How many unread bytes the short cut puts into one socket's receive queue. The kernel itself sets no bound there: a
 /// receiver that is this far behind gets the rest by TCP, which makes its sender wait.
 pub const SHORTCUT_WINDOW: u32 = 512 * 1024;
 
 const _: () = assert!(size_of::<PodPolicy>() == 16);
+const _: () = assert!(size_of::<FragmentKey>() == 12);
 const _: () = assert!(size_of::<PodCounters>() == 48);
 const _: () = assert!(size_of::<SocketKey>() == 48);
 const _: () = assert!(size_of::<Join>() == 56);

@@ -38,7 +38,7 @@ reasons! {
     3 PassedExcludedPort "passed_excluded_port" "New connections to an excluded port.";
     4 PassedExcludedRange "passed_excluded_range" "New connections to an excluded range.";
     5 PassedLocal "passed_local" "New connections to one of the node's own addresses.";
-    6 PassedFragment "passed_fragment" "Fragments of TCP, which carry no ports to decide by.";
+    6 PassedFragment "passed_fragment" "Fragments of TCP that are of none of the daemon's connections, as far as can be seen.";
     7 PassedExtensionHeader "passed_extension_header" "IPv6 packets with an extension header before TCP.";
     8 PassedTruncated "passed_truncated" "Packets too short for the headers that they announce.";
     9 FailedOpen "failed_open" "New connections that passed untouched because no worker listens.";
@@ -86,7 +86,7 @@ reasons! {
     54 HostFailedClosed "host.failed_closed" "Connections of host processes that were refused because no worker listens.";
     55 HostFlowNotKept "host.flow_not_kept" "Connections of host processes whose destination could not be kept for the daemon.";
     56 HostNoMemory "host.no_memory" "Connections of host processes that were refused because the kernel had no memory to remember their destination.";
-    60 PassedBalanced "passed_balanced" "Pods' new connections to backends of services that the kernel balances.";
+    60 PassedBalanced "passed_balanced" "Pods' new connections that the kernel led to a backend of a service.";
     61 BalancedConnections "balanced.connections" "TCP connections that were given a backend.";
     62 BalancedSockets "balanced.udp_sockets" "UDP sockets that were connected to a service, and given a backend.";
     63 BalancedDatagrams "balanced.datagrams" "Datagrams to services that were given a backend, of sockets that are not connected.";

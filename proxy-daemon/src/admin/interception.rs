@@ -18,6 +18,7 @@ pub(super) fn pods(state: &AdminState, _: &Parameters) -> Reply {
     let all = |interception: &Interception| {
         json!({
             "pods": interception.pods(),
+            "cgroups": interception.cgroups(),
             "not_ready": not_ready,
             "acceleration": interception.acceleration(),
         })
@@ -29,6 +30,13 @@ pub(super) fn pods(state: &AdminState, _: &Parameters) -> Reply {
 }
 
 pub(super) fn enroll(state: &AdminState, parameters: &Parameters) -> Reply {
+    if let Some(cgroup) = parameters.get("cgroup") {
+        // It has nothing else to be said of.
+        return match parameters.iter().find(|(name, _)| *name != "cgroup") {
+            Some((other, _)) => Reply::bad_request(format!("{other} is for pods, and not for a cgroup\n")),
+            None => reply(state, |interception| interception.enrol_cgroup(cgroup)),
+        };
+    }
     let mut addresses = Vec::new();
     for (_, text) in parameters.iter().filter(|(name, _)| *name == "address") {
         match text.parse::<IpAddr>() {

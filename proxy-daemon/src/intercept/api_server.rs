@@ -56,6 +56,8 @@ struct NodePods {
 struct Found {
     /// By namespace and name.
     pods: BTreeMap<String, Dated>,
+    /// What cannot be used of them, and why.
+    unread: BTreeMap<String, String>,
     /// All of them have been read once.
     is_whole: bool,
     /// Why they cannot be read.
@@ -76,6 +78,7 @@ impl NodePods {
     /// Takes in a pod. One that cannot be used keeps its last good version.
     fn take(&self, found: &mut Found, key: String, pod: Result<RawPod, String>, before: Option<Dated>) {
         found.version += 1;
+        found.unread.remove(&key);
         match pod.and_then(|pod| known(pod, &self.enrolment)) {
             Ok(Some((created, mut pod))) => {
                 (pod.origin, pod.version) = (Origin::Kubernetes, found.version);
@@ -84,27 +87,32 @@ impl NodePods {
             Ok(None) => {}
             Err(reason) => {
                 tracing::warn!(pod = key, reason, "a pod of the API server stays as it was");
-                found.pods.extend(before.map(|before| (key, before)));
+                found.pods.extend(before.map(|before| (key.clone(), before)));
+                found.unread.insert(key, reason);
             }
         }
     }
 
     /// Puts in force what is known.
     fn tell(&self, state: &Mutex<State>) {
-        let (fault, pods) = {
+        let (faults, pods) = {
             let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
             let fault = match &found.failing {
                 _ if found.is_whole => None,
                 Some(reason) => Some(format!("pods cannot be read from the API server: {reason}")),
                 None => Some("pods have not been read from the API server yet".to_owned()),
             };
+            let unread = found.unread.iter().map(|(pod, reason)| {
+                format!("pod {pod}: what the API server says of it cannot be read, and it stays as it was: {reason}")
+            });
+            let faults = fault.into_iter().chain(unread).collect();
             let mut pods: Vec<Dated> = found.pods.values().cloned().collect();
             // Of two pods with one address the newer has it.
             pods.sort_by(|(one, _), (other, _)| one.cmp(other));
-            (fault, pods.into_iter().map(|(_, pod)| pod).collect())
+            (faults, pods.into_iter().map(|(_, pod)| pod).collect())
         };
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.source_fault = fault;
+        state.source_faults = faults;
         state.set_pods(Origin::Kubernetes, pods);
     }
 }
@@ -143,6 +151,7 @@ impl Objects for NodePods {
     fn replace(&self, picture: Picture) {
         self.with(|found| {
             let mut before = std::mem::take(&mut found.pods);
+            found.unread.clear();
             for (key, pod) in picture {
                 let last = before.remove(&key);
                 self.take(found, key, pod, last);
@@ -162,6 +171,7 @@ impl Objects for NodePods {
     fn remove(&self, object: &Object<'_>) {
         self.with(|found| {
             found.pods.remove(&key_of(object));
+            found.unread.remove(&key_of(object));
         });
     }
 

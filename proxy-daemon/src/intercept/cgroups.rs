@@ -57,7 +57,8 @@ impl Role {
         }
     }
 
-    const fn name(self) -> &'static str {
+    /// For people, and in the names of pins.
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Host => "host",
             Self::Balance => "balance",
@@ -179,6 +180,18 @@ impl Hooks {
         self.role
     }
 
+    /// Changes what is asked for, from the next look on.
+    pub(super) fn set_patterns(&mut self, patterns: Vec<PathBuf>) {
+        self.patterns = patterns;
+    }
+
+    /// The cgroups that have the programs, by their paths.
+    pub(super) fn cgroups(&self) -> Vec<PathBuf> {
+        let mut cgroups: Vec<PathBuf> = self.attached.values().cloned().collect();
+        cgroups.sort();
+        cgroups
+    }
+
     /// What was asked for.
     pub(super) fn patterns(&self) -> &[PathBuf] {
         &self.patterns
@@ -268,7 +281,7 @@ fn attach(ebpf: &mut Ebpf, name: &str, cgroup: &OwnedFd) -> Result<FdLink, Strin
     link.map_err(|error| chain(&error))
 }
 
-fn is_cgroup(path: &Path) -> bool {
+pub(super) fn is_cgroup(path: &Path) -> bool {
     statfs(path).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 

@@ -1,12 +1,12 @@
-//! Pods that were enrolled by command, and the file in which they outlive a restart.
+//! Pods and cgroups that were enrolled by command, and the files in which they outlive a restart.
 
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use culvert_proxy_ebpf::Acceleration;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::config::{FailurePolicy, Policy, Traffic};
 use super::pods::{Known, Origin, acceleration_name, acceleration_of_name};
@@ -63,24 +63,46 @@ impl Commanded {
 
 /// Reads the file; none is an empty one.
 pub(super) fn read(path: &Path) -> Result<Vec<Commanded>, String> {
-    let text = match fs::read(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        text => text.map_err(|error| error.to_string())?,
-    };
-    let pods: Vec<Commanded> = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    let pods: Vec<Commanded> = read_list(path)?;
     match pods.iter().find(|pod| pod.policy().is_none()) {
         Some(pod) => Err(format!("{}: its direction, failure_policy or acceleration is unknown", pod.name)),
         None => Ok(pods),
     }
 }
 
+fn read_list<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, String> {
+    match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        text => serde_json::from_slice(&text.map_err(|error| error.to_string())?).map_err(|error| error.to_string()),
+    }
+}
+
+/// The file of the cgroups, beside that of the pods: earlier releases, which an upgrade may be taken back to, know only pods.
+pub(super) fn path_of_cgroups(path: &Path) -> PathBuf {
+    path.with_extension("cgroups.json")
+}
+
+/// Reads the cgroups beside the file; none is an empty list.
+pub(super) fn read_cgroups(path: &Path) -> Result<Vec<PathBuf>, String> {
+    read_list(&path_of_cgroups(path))
+}
+
+/// Writes the cgroups beside the file.
+pub(super) fn write_cgroups(path: &Path, cgroups: &[PathBuf]) -> io::Result<()> {
+    write_list(&path_of_cgroups(path), cgroups)
+}
+
 /// Writes the file in one step.
 pub(super) fn write(path: &Path, pods: &[Commanded]) -> io::Result<()> {
+    write_list(path, pods)
+}
+
+fn write_list<T: Serialize>(path: &Path, list: &[T]) -> io::Result<()> {
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory)?;
     }
     let beside = path.with_extension("new");
-    fs::write(&beside, serde_json::to_vec_pretty(pods)?)?;
+    fs::write(&beside, serde_json::to_vec_pretty(list)?)?;
     fs::rename(&beside, path)
 }
 
@@ -99,6 +121,10 @@ mod tests {
         write(&path, &pods).unwrap();
         assert_eq!(read(&path), Ok(pods.clone()));
         assert_eq!(pods[0].known().wanted, Ok(policy));
+        let cgroups = vec![PathBuf::from("/sys/fs/cgroup/shop.slice")];
+        assert_eq!(read_cgroups(&path), Ok(Vec::new()));
+        write_cgroups(&path, &cgroups).unwrap();
+        assert_eq!((read_cgroups(&path), read(&path)), (Ok(cgroups), Ok(pods)));
     }
 
     #[test]

@@ -324,7 +324,7 @@ impl InterceptionConfig {
 }
 
 /// Whether a cgroup that one pattern names may be a cgroup that the other names, or be above or below it.
-fn nests(one: &str, other: &str) -> bool {
+pub(super) fn nests(one: &str, other: &str) -> bool {
     let names = |path| Path::new(path).components().map(|name| name.as_os_str().to_string_lossy());
     names(one).zip(names(other)).all(|(one, other)| glob_matches(&one, &other) || glob_matches(&other, &one))
 }

@@ -15,7 +15,7 @@ use super::config::{FailurePolicy, FieldError, absolute, at, failure};
 /// Host processes whose connections are redirected when they connect.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostMode {
-    /// Their cgroups: absolute paths, whose names may be shell globs.
+    /// Their cgroups: absolute paths, whose names may be shell globs. Empty: those that are enrolled by command.
     pub cgroups: Vec<PathBuf>,
     /// What happens to their connections while no daemon serves them.
     pub failure_policy: FailurePolicy,
@@ -78,6 +78,10 @@ impl ConnectBalancing {
         if checked.is_empty() && !tcp_proxies {
             return Err(("balancing.services".to_owned(), "name a service, or set tcp_proxies".to_owned()));
         }
+        if paths.is_empty() {
+            let reason = "at least one cgroup v2 directory is needed".to_owned();
+            return Err(("balancing.cgroups".to_owned(), reason));
+        }
         let cgroups = cgroups(paths, "balancing.cgroups")?;
         Ok(Self { cgroups, services: checked, tcp_proxies: *tcp_proxies })
     }
@@ -106,17 +110,17 @@ impl BalancedService {
 }
 
 fn cgroups(paths: &[String], field: &str) -> Result<Vec<PathBuf>, FieldError> {
-    if paths.is_empty() {
-        return Err((field.to_owned(), "at least one cgroup v2 directory is needed".to_owned()));
-    }
-    let check = |(index, path): (usize, &String)| {
-        let path = absolute(path).map_err(|reason| at(field, index, reason))?;
-        if path.components().any(|component| component == Component::ParentDir) {
-            return Err(at(field, index, format!("`{}` has `..` in it", path.display())));
-        }
-        Ok(path)
-    };
+    let check = |(index, path): (usize, &String)| cgroup(path).map_err(|reason| at(field, index, reason));
     paths.iter().enumerate().map(check).collect()
+}
+
+/// The path of a cgroup; or what is wrong with it.
+pub(super) fn cgroup(path: &str) -> Result<PathBuf, String> {
+    let path = absolute(path)?;
+    match path.components().any(|component| component == Component::ParentDir) {
+        true => Err(format!("`{}` has `..` in it", path.display())),
+        false => Ok(path),
+    }
 }
 
 #[cfg(test)]

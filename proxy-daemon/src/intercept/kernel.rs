@@ -17,8 +17,8 @@ use aya::programs::{
 };
 use aya::{Ebpf, EbpfLoader};
 use culvert_proxy_ebpf::{
-    Acceleration, Address, ENDING, MAX_WORKERS, NOTICED, PodCounters, PodPolicy, Reason, SockLayout, SocketKey,
-    listener_slot, v4_mapped,
+    Acceleration, Address, ENDING, LinkAddress, MAX_WORKERS, NOTICED, PodCounters, PodPolicy, Reason, SockLayout,
+    SocketKey, listener_slot, v4_mapped,
 };
 
 use super::acceleration::Withheld;
@@ -182,15 +182,19 @@ pub(super) fn forget_pods(ebpf: &mut Ebpf, keep: impl Fn(&Address, u64) -> bool)
 /// Takes a pod's policy out of force, and forgets its counters.
 pub(super) fn remove_pod(ebpf: &mut Ebpf, pod: IpAddr) -> Result<(), InterceptError> {
     let key = address(pod);
-    let gone = |name: &str, result: Result<(), MapError>| match result {
-        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(InterceptError::load(name, &error)),
-    };
     let mut pods: HashMap<_, Address, PodPolicy> = map(ebpf, "PODS")?;
     gone("PODS", pods.remove(&key))?;
     let mut counters: PerCpuHashMap<_, Address, PodCounters> = map(ebpf, POD_COUNTERS)?;
     gone(POD_COUNTERS, counters.remove(&key))
+}
+
+/// That what is to be removed from a map is not there is no error.
+fn gone(name: &str, result: Result<(), MapError>) -> Result<(), InterceptError> {
+    match result {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(InterceptError::load(name, &error)),
+    }
 }
 
 /// What a pod had to do with the daemon, summed over CPUs.
@@ -220,6 +224,16 @@ pub(super) fn set_local_addresses(ebpf: &mut Ebpf, addresses: &[IpAddr]) -> Resu
         local.remove(&address).map_err(|error| InterceptError::load(NAME, &error))?;
     }
     Ok(())
+}
+
+/// Notes the link-layer address of a port of a bridge, or forgets the port.
+pub(super) fn set_bridge_port(ebpf: &mut Ebpf, index: u32, address: Option<LinkAddress>) -> Result<(), InterceptError> {
+    const NAME: &str = "BRIDGE_PORTS";
+    let mut ports: HashMap<_, u32, LinkAddress> = map(ebpf, NAME)?;
+    match address {
+        Some(address) => ports.insert(index, address, 0).map_err(|error| InterceptError::load(NAME, &error)),
+        None => gone(NAME, ports.remove(&index)),
+    }
 }
 
 /// Attaches the program that lets connections be reopened to the calling thread's network namespace, or says why the

@@ -72,8 +72,17 @@ impl RawPod {
 /// A pod, and when it was made.
 pub(super) type Dated = (Option<String>, Known);
 
+/// The pods of a file.
+#[derive(Debug, Default)]
+struct Pods {
+    /// Those of this node.
+    here: Vec<Dated>,
+    /// How many are other nodes'.
+    elsewhere: usize,
+}
+
 /// The pods of the directory's files.
-type Directory = directory::Directory<Vec<Dated>>;
+type Directory = directory::Directory<Pods>;
 
 /// The directory that enrolment goes by.
 fn directory_of(enrolment: Enrolment) -> Result<Directory, WatchError> {
@@ -82,21 +91,44 @@ fn directory_of(enrolment: Enrolment) -> Result<Directory, WatchError> {
     Directory::new(enrolment.pod_manifests.clone(), RESCAN, move |text| {
         version += 1;
         let mut pods = pods_of(text, &enrolment)?;
-        pods.iter_mut().for_each(|(_, pod)| pod.version = version);
+        pods.here.iter_mut().for_each(|(_, pod)| pod.version = version);
         Ok(pods)
     })
 }
 
 /// All pods.
 fn pods(directory: &Directory) -> Vec<Known> {
-    let mut pods: Vec<&Dated> = directory.files().filter_map(|(_, file)| file.good.as_ref()).flatten().collect();
+    let files = directory.files().filter_map(|(_, file)| file.good.as_ref());
+    let mut pods: Vec<&Dated> = files.flat_map(|file| &file.here).collect();
     // Of two pods with one address the newer has it.
     pods.sort_by(|(one, _), (other, _)| one.cmp(other));
     pods.into_iter().map(|(_, pod)| pod.clone()).collect()
 }
 
-/// The pods of one file that this node has.
-fn pods_of(text: &str, enrolment: &Enrolment) -> Result<Vec<Dated>, String> {
+/// Why there may be pods of this node of which nobody knows.
+fn faults(directory: &Directory, node_name: &str) -> Vec<String> {
+    let path = directory.path().display();
+    let unreadable = directory.fault().map(|fault| format!("enrolment.pod_manifests {path}: {fault}"));
+    let files = directory.files().filter_map(|(path, file)| {
+        let error = file.error.as_ref()?;
+        let left =
+            if file.good.is_some() { "its last good version stays in force" } else { "nothing of it is in force" };
+        Some(format!("enrolment.pod_manifests {}: {error}; {left}", path.display()))
+    });
+    let mut faults: Vec<String> = unreadable.into_iter().chain(files).collect();
+    let known = || directory.files().filter_map(|(_, file)| file.good.as_ref());
+    let elsewhere: usize = known().map(|file| file.elsewhere).sum();
+    if elsewhere > 0 && known().all(|file| file.here.is_empty()) {
+        faults.push(format!(
+            "enrolment.node_name {node_name}: none of the {elsewhere} pods of {path} is on a node of this name: is it as in their \
+             spec.nodeName?"
+        ));
+    }
+    faults
+}
+
+/// The pods of one file.
+fn pods_of(text: &str, enrolment: &Enrolment) -> Result<Pods, String> {
     let options = serde_saphyr::options! {
         with_snippet: false,
         // A pod may be called `y` or `no`: only `true` and `false` are booleans.
@@ -106,7 +138,7 @@ fn pods_of(text: &str, enrolment: &Enrolment) -> Result<Vec<Dated>, String> {
     };
     let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
         .map_err(|error| error.to_string().lines().collect::<Vec<_>>().join(" "))?;
-    let mut pods = Vec::new();
+    let mut pods = Pods::default();
     for document in documents {
         let kind = document.get("kind").and_then(Value::as_str).unwrap_or_default().to_owned();
         let items = match document {
@@ -121,7 +153,10 @@ fn pods_of(text: &str, enrolment: &Enrolment) -> Result<Vec<Dated>, String> {
             let item_kind = item.get("kind").and_then(Value::as_str);
             if item_kind == Some("Pod") || (item_kind.is_none() && kind == "PodList") {
                 let pod: RawPod = serde_json::from_value(item).map_err(|error| format!("Pod: {error}"))?;
-                pods.extend(known(pod, enrolment)?);
+                match known(pod, enrolment)? {
+                    Some(pod) => pods.here.push(pod),
+                    None => pods.elsewhere += 1,
+                }
             }
         }
     }
@@ -170,24 +205,29 @@ pub(super) fn known(pod: RawPod, enrolment: &Enrolment) -> Result<Option<Dated>,
 
 /// Reads the directory, and starts the thread that follows it.
 pub(super) fn follow(enrolment: Enrolment, state: Arc<Mutex<State>>) -> io::Result<Follower> {
+    let node_name = enrolment.node_name.clone();
     let mut directory = directory_of(enrolment).map_err(io::Error::other)?;
-    tell(&mut directory, &state);
+    tell(&mut directory, &node_name, &state);
     Follower::start(move || async move {
         loop {
             directory.changed().await;
-            tell(&mut directory, &state);
+            tell(&mut directory, &node_name, &state);
         }
     })
 }
 
-/// Puts in force what is new in the directory. As long as it cannot be read, pods may start of which nobody hears: the node
-/// is not ready.
-fn tell(directory: &mut Directory, state: &Mutex<State>) {
+/// Puts in force what is new in the directory. As long as it, or a file of it, cannot be read, there may be pods of which nobody
+/// hears: the node is not ready.
+fn tell(directory: &mut Directory, node_name: &str, state: &Mutex<State>) {
     if directory.read() {
-        let path = directory.path().display();
-        let fault = directory.fault().map(|fault| format!("enrolment.pod_manifests {path}: {fault}"));
+        let faults = faults(directory, node_name);
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.source_fault = fault;
+        // The directory itself has said what it cannot read.
+        let misnamed = |fault: &&String| fault.starts_with("enrolment.node_name");
+        for fault in faults.iter().filter(misnamed).filter(|fault| !state.source_faults.contains(fault)) {
+            tracing::warn!("{fault}");
+        }
+        state.source_faults = faults;
         state.set_pods(Origin::Manifest, pods(directory));
     }
 }

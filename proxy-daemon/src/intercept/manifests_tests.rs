@@ -25,7 +25,7 @@ fn pod(name: &str, labels: &str, address: &str, more: &str) -> String {
 
 fn read(text: &str) -> Result<Vec<Known>, String> {
     let pods = pods_of(text, &enrolment(Path::new("/nowhere")))?;
-    Ok(pods.into_iter().map(|(_, pod)| pod).collect())
+    Ok(pods.here.into_iter().map(|(_, pod)| pod).collect())
 }
 
 #[test]
@@ -103,4 +103,33 @@ fn the_newer_pod_has_an_address() {
     directory.read();
     let names: Vec<String> = pods(&directory).into_iter().map(|pod| pod.name).collect();
     assert_eq!(names, ["shop/b", "shop/a"], "the later counts");
+}
+
+/// istio#61182.
+#[test]
+fn what_may_hide_pods_of_this_node_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut directory = directory_of(enrolment(dir.path())).unwrap();
+    let mut told = || {
+        directory.read();
+        faults(&directory, "node-a").join("; ").replace(&*dir.path().to_string_lossy(), "")
+    };
+    assert_eq!(told(), "", "no pods at all");
+    let good = pod("a", "mesh: 'on'", "10.0.0.1", "");
+    let elsewhere = good.replace("node-a", "node-b");
+    let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+    write("a.yaml", &elsewhere);
+    let misnamed = "enrolment.node_name node-a: none of the 1 pods of  is on a node of this name: is it as in their spec.nodeName?";
+    assert_eq!(told(), misnamed);
+    write("b.yaml", &good);
+    assert_eq!(told(), "");
+    let bad = format!("{good}---\n{}", pod("c", "mesh: 'on'", "10.66.9.999", ""));
+    write("b.yaml", &bad);
+    let broken = "Pod shop/c: `10.66.9.999` is not a pod's address";
+    assert_eq!(told(), format!("enrolment.pod_manifests /b.yaml: {broken}; its last good version stays in force"));
+    write("c.yaml", &bad);
+    assert!(told().ends_with(&format!("/c.yaml: {broken}; nothing of it is in force")));
+    write("b.yaml", &good);
+    write("c.yaml", "");
+    assert_eq!(told(), "");
 }

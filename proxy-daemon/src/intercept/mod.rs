@@ -16,6 +16,7 @@
 //! pods       which pods there are, and which are enrolled
 //! follower   the thread that follows the pods of the node: manifests: those of a directory; api_server: those of an API
 //!            server
+//! departed   ends connections of pods that are gone; sock_diag: the node's sockets, and their end
 //! commanded  pods that were enrolled by command
 //! clean      removes all that a daemon left
 //! cgroups    puts programs on cgroups, pinned, and follows cgroups that appear
@@ -35,6 +36,7 @@ mod clean;
 mod commanded;
 mod config;
 mod connect_config;
+mod departed;
 mod error;
 mod flows;
 mod follower;
@@ -54,16 +56,19 @@ mod probe;
 mod selectors;
 mod services;
 mod sessions;
+mod sock_diag;
 mod state;
 mod watch;
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 pub use culvert_proxy_ebpf::Acceleration;
 use culvert_proxy_ebpf::{INBOUND, OUTBOUND};
+use serde::Serialize;
 
 pub use acceleration::{AccelerationStatus, ListenerAcceleration};
 pub use clean::clean;
@@ -97,6 +102,19 @@ pub struct Interception {
     state: Arc<Mutex<State>>,
     /// The listeners' names with the directions that they serve.
     listeners: [(String, u32); 2],
+}
+
+/// A cgroup, for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CgroupStatus {
+    /// Its path.
+    pub cgroup: PathBuf,
+    /// What it has: `host` mode, or that services are balanced (`balance`).
+    pub role: &'static str,
+    /// It has the programs; else there is no such cgroup now, or one of the faults says why.
+    pub attached: bool,
+    /// It was enrolled by command.
+    pub by_command: bool,
 }
 
 /// What follows the node, until it is dropped.
@@ -289,8 +307,12 @@ impl Interception {
         state.config.listeners().into_iter().map(|(field, name)| (field, name.to_owned())).collect()
     }
 
-    /// Enrols a pod by command; a restart keeps it, as long as its interface stays. An earlier command for one of the
-    /// addresses is forgotten. What is not said is as configured.
+    /// Enrols a pod by command; a restart keeps it, as long as its interface stays. Addresses of a pod of this name are added to those
+    /// that it has; what is not said is as configured, for all of them.
+    ///
+    /// # Errors
+    /// Another pod was enrolled by command with one of the addresses, or one of this name on another interface; the node does not reach
+    /// an address over an interface that has the programs; or the state file cannot be written.
     pub fn enrol(
         &self,
         name: Option<String>,
@@ -302,9 +324,28 @@ impl Interception {
         self.lock().enrol(name, addresses, direction, failure_policy, acceleration)
     }
 
-    /// Takes out what was enrolled by command: a pod by its name, or by one of its addresses.
-    pub fn unenrol(&self, name_or_address: &str) -> Result<(), InterceptError> {
-        self.lock().unenrol(name_or_address)
+    /// Takes out what was enrolled by command: a pod by its name, or by one of its addresses; a cgroup by its path.
+    pub fn unenrol(&self, which: &str) -> Result<(), InterceptError> {
+        self.lock().unenrol(which)
+    }
+
+    /// Adds a cgroup to those of host mode, by command; a restart keeps it, also if there is no such cgroup for a while.
+    ///
+    /// # Errors
+    /// There is no host mode, or no such cgroup; it is one of those that are balanced; no program can be attached to it; or it cannot be
+    /// written down.
+    pub fn enrol_cgroup(&self, path: &str) -> Result<(), InterceptError> {
+        self.lock().enrol_cgroup(path)?;
+        // For where it appears again.
+        if let Some(cgroups) = &self.threads.cgroups {
+            cgroups.look();
+        }
+        Ok(())
+    }
+
+    /// The cgroups that have programs, and those that were enrolled by command and have not.
+    pub fn cgroups(&self) -> Vec<CgroupStatus> {
+        self.lock().cgroups()
     }
 
     /// To be called when this daemon is told to end, while its listeners still accept: has the daemon that it replaced, if there is one that

@@ -5,11 +5,12 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 
+use culvert_proxy_ebpf::LinkAddress;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::link::{InfoKind, InfoPortKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
@@ -34,6 +35,10 @@ pub(super) struct Link {
     pub(super) index: u32,
     /// Its name, which may change.
     pub(super) name: String,
+    /// Its link-layer address, if that is an Ethernet one.
+    pub(super) address: Option<LinkAddress>,
+    /// It is a bridge itself.
+    pub(super) is_bridge: bool,
     /// The index of the bridge that it is a port of.
     pub(super) bridge: Option<u32>,
 }
@@ -286,18 +291,27 @@ fn receive(socket: &Socket) -> io::Result<Vec<NetlinkPayload<RouteNetlinkMessage
 
 fn event_of(message: RouteNetlinkMessage) -> Option<Event> {
     match message {
-        RouteNetlinkMessage::NewLink(link) => {
-            let name = link.attributes.iter().find_map(|attribute| match attribute {
-                LinkAttribute::IfName(name) => Some(name.clone()),
-                _ => None,
-            })?;
-            let bridge = link.attributes.iter().find_map(|attribute| match attribute {
-                LinkAttribute::Controller(index) => Some(*index),
-                _ => None,
-            });
-            Some(Event::Link(Link { index: link.header.index, name, bridge }))
+        // A bridge tells of its ports by messages of its own family, which say less; of a port that leaves it by the one that says that
+        // an interface is gone.
+        RouteNetlinkMessage::NewLink(link) if link.header.interface_family == AddressFamily::Unspec => {
+            let mut found =
+                Link { index: link.header.index, name: String::new(), address: None, is_bridge: false, bridge: None };
+            let (mut controller, mut is_port) = (None, false);
+            for attribute in link.attributes {
+                match attribute {
+                    LinkAttribute::IfName(name) => found.name = name,
+                    LinkAttribute::Address(address) => found.address = address.try_into().ok(),
+                    LinkAttribute::Controller(index) => controller = Some(index),
+                    LinkAttribute::LinkInfo(info) => {
+                        found.is_bridge = info.contains(&LinkInfo::Kind(InfoKind::Bridge));
+                        is_port = info.contains(&LinkInfo::PortKind(InfoPortKind::Bridge));
+                    }
+                    _ => {}
+                }
+            }
+            found.bridge = controller.filter(|_| is_port);
+            (!found.name.is_empty()).then_some(Event::Link(found))
         }
-        // A bridge tells of a port that leaves it by the same message, under its own family.
         RouteNetlinkMessage::DelLink(link) if link.header.interface_family == AddressFamily::Unspec => {
             Some(Event::LinkGone(link.header.index))
         }

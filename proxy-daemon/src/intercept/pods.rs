@@ -73,6 +73,7 @@ struct Bound {
 /// What is in force for an address.
 struct InForce {
     identity: String,
+    origin: Origin,
     policy: PodPolicy,
     interface: String,
     since: SystemTime,
@@ -87,6 +88,8 @@ pub(super) struct Pods {
     known: BTreeMap<(Origin, usize), Known>,
     in_force: HashMap<IpAddr, InForce>,
     bound: HashMap<IpAddr, Bound>,
+    /// Over which interface pods had their addresses that were enrolled since that is there, also if they are not any more.
+    homes: HashMap<IpAddr, u32>,
     /// Why addresses that are to be enrolled are not.
     faults: BTreeMap<IpAddr, String>,
     /// How often an address could not be enrolled.
@@ -128,8 +131,9 @@ impl Pods {
         self.known.extend(pods.into_iter().enumerate().map(|(index, pod)| ((origin, index), pod)));
     }
 
-    /// Puts in force what is wanted, and out of force what is not any more. `place` says where an address is.
-    pub(super) fn reconcile(&mut self, ebpf: &mut Ebpf, mut place: impl FnMut(IpAddr) -> Place) {
+    /// Puts in force what is wanted, and out of force what is not any more. `place` says where an address is. Returns the addresses of
+    /// pods that are gone: of those whose interface is not known. Of others [`Self::leave`] tells.
+    pub(super) fn reconcile(&mut self, ebpf: &mut Ebpf, mut place: impl FnMut(IpAddr) -> Place) -> Vec<IpAddr> {
         // Whom an address belongs to, enrolled or not: a pod that is not to be enrolled keeps it from others.
         let owners: HashMap<IpAddr, &Known> =
             self.known.values().flat_map(|pod| pod.addresses.iter().map(move |address| (*address, pod))).collect();
@@ -141,8 +145,16 @@ impl Pods {
             })
             .map(|(address, _)| *address)
             .collect();
+        let mut left = Vec::new();
         for address in gone {
-            self.in_force.remove(&address);
+            let before = self.in_force.remove(&address);
+            let is_told_of = |origin: Origin| matches!(origin, Origin::Manifest | Origin::Kubernetes);
+            if before.is_some_and(|before| {
+                let is_another = |pod: &&Known| is_told_of(pod.origin) && pod.identity != before.identity;
+                before.policy.interface == 0 && is_told_of(before.origin) && owners.get(&address).is_none_or(is_another)
+            }) {
+                left.push(address);
+            }
             if let Err(error) = kernel::remove_pod(ebpf, address) {
                 tracing::error!(%error, %address, "cannot take a pod's policy out of force");
             }
@@ -166,7 +178,10 @@ impl Pods {
                 let since = kernel::set_pod(ebpf, address, number_of(&pod.identity), policy)
                     .map_err(|error| error.to_string())?;
                 let identity = pod.identity.clone();
-                self.in_force.insert(address, InForce { identity, policy, interface: name, since });
+                self.in_force.insert(address, InForce { identity, origin: pod.origin, policy, interface: name, since });
+                if interface != 0 {
+                    self.homes.insert(address, interface);
+                }
                 tracing::info!(pod = pod.name, %address, "enrolled");
                 Ok(())
             });
@@ -187,6 +202,13 @@ impl Pods {
             faults.insert(address, reason);
         }
         self.faults = faults;
+        left
+    }
+
+    /// The addresses of the pods that had this interface, which is gone: and they with it.
+    pub(super) fn leave(&mut self, interface: u32) -> Vec<IpAddr> {
+        let gone = self.homes.extract_if(|_, home| *home == interface);
+        gone.map(|(address, _)| address).collect()
     }
 
     /// Forgets what earlier daemons counted for pods that are not to be enrolled any more. To be called when all pods are known.
@@ -241,6 +263,20 @@ impl Pods {
         self.known.values().map(|pod| self.status_of(pod, ebpf)).collect()
     }
 
+    /// Why a pod's address is not enrolled for it, although nothing is wrong.
+    fn who_has(&self, pod: &Known) -> String {
+        let has = |other: &&Known| {
+            other.identity != pod.identity && other.addresses.iter().any(|address| pod.addresses.contains(address))
+        };
+        match self.known.values().rev().find(has) {
+            Some(other) if other.origin == Origin::Command => {
+                format!("{}, enrolled by command, has its address", other.name)
+            }
+            Some(other) => format!("a newer pod has its address: {}", other.name),
+            None => "it is being deleted".to_owned(),
+        }
+    }
+
     fn status_of(&self, pod: &Known, ebpf: &Ebpf) -> PodStatus {
         let of = |address: &IpAddr| self.in_force.get(address).filter(|in_force| in_force.identity == pod.identity);
         let mut status = PodStatus {
@@ -275,7 +311,7 @@ impl Pods {
                 (Err(reason), _) => reason.clone(),
                 (Ok(_), _) if pod.addresses.is_empty() => "it has no address yet".to_owned(),
                 (Ok(_), Some(fault)) => fault.clone(),
-                (Ok(_), None) => "a newer pod has its address".to_owned(),
+                (Ok(_), None) => self.who_has(pod),
             };
             status.reason = Some(reason);
         }
@@ -296,7 +332,8 @@ fn bind(
     address: IpAddr,
     (interface, name): (u32, String),
 ) -> Result<(u32, String), String> {
-    if pod.interface.is_some_and(|only| only != interface) {
+    // Of a bridge's port the number is not known (0).
+    if pod.interface.is_some_and(|only| only != interface && interface != 0) {
         return Err(format!("its address is on {name} now, another interface than when it was enrolled"));
     }
     let now = Bound { identity: pod.identity.clone(), version: pod.version, interface };

@@ -1,6 +1,7 @@
 //! What is in force: the programs, the rule and the route, and the pods' policies.
 
 mod enrolment;
+mod hooks;
 mod links;
 mod removal;
 mod succession;
@@ -14,25 +15,27 @@ use std::{fs, io};
 
 use arc_swap::ArcSwap;
 use aya::Ebpf;
-use culvert_proxy_ebpf::{Acceleration, Endpoint, INBOUND, OUTBOUND, SockLayout};
+use culvert_proxy_ebpf::{Acceleration, Endpoint, INBOUND, LinkAddress, OUTBOUND, SockLayout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::acceleration::{AccelerationStatus, Switches, Withheld};
 use super::attach::{Attachment, Method};
-use super::cgroups::{Hooks, Role};
+use super::cgroups::Hooks;
 use super::commanded::Commanded;
 use super::config::InterceptionConfig;
+use super::departed::Departed;
 use super::error::InterceptError;
 use super::lease::Lease;
 use super::netlink::Netlink;
 use super::pods::{Known, Origin, PodNames, Pods, acceleration_of_name};
 use super::services::Services;
-use super::{cgroups, inherit, kernel, lanes, probe, services, sessions};
-use removal::remove_pinned_in;
+use super::{inherit, kernel, lanes, probe, services, sessions};
 pub(super) use removal::{map_directories, remove_pins};
 
 /// How long programs of an earlier daemon stay where our listeners do not come.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// How many files are open at a time while all is removed.
+const SPARE_FILES: usize = 4;
 /// A directory below the pin path, while a daemon is about to take over.
 const NEXT: &str = "next";
 
@@ -55,6 +58,10 @@ pub(super) struct State {
     switches: Switches,
     /// By interface index.
     attachments: HashMap<u32, Attachment>,
+    /// Ends connections of pods that are gone.
+    departed: Departed,
+    /// Ports of bridges that the kernel's programs know, by index.
+    bridge_ports: HashMap<u32, LinkAddress>,
     /// What is attached to cgroups.
     pub(super) hooks: Vec<Hooks>,
     /// The services' hosts are known.
@@ -70,8 +77,12 @@ pub(super) struct State {
     /// What they are called, for those who serve them.
     pod_names: Arc<ArcSwap<PodNames>>,
     /// Why it is not known which pods there are.
-    pub(super) source_fault: Option<String>,
+    pub(super) source_faults: Vec<String>,
     commanded: Vec<Commanded>,
+    /// The cgroups of host mode that were enrolled by command.
+    commanded_cgroups: Vec<PathBuf>,
+    /// The state file has more, whose interfaces are gone.
+    forgets: bool,
     /// What earlier daemons counted for pods that have gone since is forgotten.
     forgot_others: bool,
     /// None before there is a pin path.
@@ -98,6 +109,8 @@ pub(super) struct State {
     listening: u32,
     /// Has the thread that follows the node look at this.
     wake: Arc<EventFd>,
+    /// Files that are closed when all is removed, which opens some: also after a start that failed because no more can be open.
+    spare: Vec<fs::File>,
 }
 
 impl State {
@@ -122,6 +135,8 @@ impl State {
             .map_err(|errno| InterceptError::netlink("find the interface lo", errno.into()))?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| InterceptError::netlink("watch interfaces", errno.into()))?;
+        let spare = (0..SPARE_FILES).map(|_| fs::File::open("/dev/null")).collect::<Result<_, _>>();
+        let spare = spare.map_err(|source| InterceptError::netlink("open /dev/null", source))?;
         // Last, so that a failure leaves nothing behind.
         probe::prepare_pin_path(&config.pin_path)?;
         let lease = Lease::take(&config.pin_path).map_err(|source| {
@@ -129,7 +144,7 @@ impl State {
             let _ = fs::remove_dir(&config.pin_path);
             InterceptError::PinPath { path: config.pin_path.clone(), reason: format!("cannot be locked: {source}") }
         })?;
-        let source_fault = config.enrolment.is_some().then(|| "pods have not been read yet".to_owned());
+        let source_faults = config.enrolment.iter().map(|_| "pods have not been read yet".to_owned()).collect();
         Ok(Self {
             config,
             ebpf,
@@ -141,6 +156,8 @@ impl State {
             switches: Switches::default(),
             routed: Vec::new(),
             attachments: HashMap::new(),
+            departed: Departed::default(),
+            bridge_ports: HashMap::new(),
             hooks: Vec::new(),
             balances: false,
             services: Services::default(),
@@ -149,8 +166,10 @@ impl State {
             unattached: BTreeMap::new(),
             pods: Pods::default(),
             pod_names: Arc::default(),
-            source_fault,
+            source_faults,
             commanded: Vec::new(),
+            commanded_cgroups: Vec::new(),
+            forgets: false,
             forgot_others: false,
             lease: Some(lease),
             next: None,
@@ -164,6 +183,7 @@ impl State {
             uplink_fault: None,
             listening: 0,
             wake: Arc::new(wake),
+            spare,
         })
     }
 
@@ -264,6 +284,11 @@ impl State {
         }
         succession::remove_stale_marks(&self.config.pin_path);
         self.forget_others();
+        if std::mem::take(&mut self.forgets)
+            && let Err(error) = self.write_commanded(&self.commanded)
+        {
+            tracing::warn!(%error, "what was enrolled by command on interfaces that are gone stays written down");
+        }
         if self.attachments.is_empty() && !self.config.interfaces.is_empty() {
             tracing::warn!(patterns = ?self.config.interfaces, "no interface matches yet");
         }
@@ -331,6 +356,7 @@ impl State {
         if let Some(Err(error)) = self.alive.as_mut().map(Lease::retry) {
             tracing::debug!(%error, "this daemon's mark cannot be had");
         }
+        self.departed.end();
         errors.extend(self.look_after_successor());
         errors.extend(self.keep_routing());
         self.look_at_uplinks();
@@ -370,6 +396,7 @@ impl State {
         let withheld = self.sock_layout.as_ref().err().map_or(0, Withheld::number);
         counters.push(("interception.acceleration.withheld", withheld.into()));
         counters.extend(self.pods.counts());
+        counters.push(("interception.ended_connections", self.departed.ended));
         counters
     }
 
@@ -409,68 +436,14 @@ impl State {
 
     pub(super) fn faults(&self) -> Vec<String> {
         let unattached = self.unattached.values().chain(self.hooks.iter().flat_map(Hooks::faults)).cloned();
-        let of_node = [&self.source_fault, &self.routing_fault, &self.succession_fault, &self.uplink_fault];
-        of_node.into_iter().flatten().cloned().chain(self.pods.faults()).chain(unattached).collect()
-    }
-
-    /// Loads the programs for cgroups, and attaches those of host mode, unless an earlier daemon's stay for now.
-    fn load_hooks(&mut self) -> Result<(), InterceptError> {
-        if !self.config.has_hooks() {
-            // What an earlier daemon with another configuration left.
-            return remove_pinned_in(&self.config.pin_path.join("cgroups"));
-        }
-        kernel::note_daemon(&mut self.ebpf)?;
-        let host = self.config.host.as_ref().map(|host| (Role::Host, host.cgroups.clone()));
-        let balance = self.config.balancing.as_ref().map(|it| (Role::Balance, it.cgroups.clone()));
-        let pins = self.config.pin_path.join("cgroups");
-        for (role, cgroups) in host.into_iter().chain(balance) {
-            self.hooks.push(Hooks::load(&mut self.ebpf, role, &cgroups, pins.clone())?);
-        }
-        for role in [Role::Host, Role::Balance] {
-            if self.hooks.iter().all(|hooks| hooks.role() != role) {
-                // What an earlier daemon with another configuration left.
-                cgroups::remove_pins_of(role, &pins)?;
-            }
-        }
-        let (_, mut errors) = self.reconcile_cgroups();
-        if let Some(error) = errors.pop() {
-            return Err(error);
-        }
-        let missing = |hooks: &&Hooks| hooks.role() == Role::Host && hooks.len() == 0;
-        for hooks in self.hooks.iter().filter(missing).filter(|_| self.waits.is_none()) {
-            tracing::warn!(patterns = ?hooks.patterns(), "no cgroup of host mode is there yet");
-        }
-        Ok(())
-    }
-
-    /// Attaches to the cgroups that are there now, where an earlier daemon's programs are not to stay for now. Returns
-    /// where others may appear, also where it is too early to attach, and what could not be done and was not said yet.
-    pub(super) fn reconcile_cgroups(&mut self) -> (Vec<PathBuf>, Vec<InterceptError>) {
-        let (mut parents, mut errors) = (Vec::new(), Vec::new());
-        let (balances, redirects) = (self.balances, self.waits.is_none());
-        let is_due = |role: Role| match role {
-            Role::Host => redirects,
-            Role::Balance => balances,
-        };
-        let followed = self.is_followed();
-        let mut all_due = redirects && self.took_over;
-        for hooks in &mut self.hooks {
-            if followed || !is_due(hooks.role()) {
-                parents.extend(hooks.parents());
-                all_due = false;
-                continue;
-            }
-            let (more, failed) = hooks.reconcile(&mut self.ebpf);
-            parents.extend(more);
-            errors.extend(failed);
-        }
-        self.carry_on(all_due);
-        // Now that our programs choose: whoever is told connects again at once. Before, the earlier daemon's tables count, and
-        // of a daemon that is followed the successor's.
-        if balances && std::mem::take(&mut self.inherits_sockets) && !followed {
-            sessions::end(self.services.stranded(&mut self.ebpf));
-        }
-        (parents, errors)
+        let of_node = [&self.routing_fault, &self.succession_fault, &self.uplink_fault];
+        self.source_faults
+            .iter()
+            .chain(of_node.into_iter().flatten())
+            .cloned()
+            .chain(self.pods.faults())
+            .chain(unattached)
+            .collect()
     }
 
     pub(super) fn change_service(

@@ -2,8 +2,11 @@
 //! a real kernel. They need root, and fail without it.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod manifests;
+pub mod packets;
 pub mod process;
 pub mod puppet;
+pub mod relay;
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
@@ -57,7 +60,8 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    fn new(name: String) -> Self {
+    /// A new one.
+    pub fn new(name: String) -> Self {
         ip(&format!("netns add {name}"));
         let namespace = Self { name };
         // Addresses work at once, without looking for duplicates first.

@@ -6,9 +6,10 @@ use aya_ebpf::btf_maps::{
 };
 use aya_ebpf::macros::btf_map;
 use culvert_proxy_ebpf::{
-    Acceleration, Address, ENDING, Endpoint, Hop, Join, JoinedCounters, LISTENER_SLOTS, MAX_EXCLUDED_PORTS,
-    MAX_EXCLUDED_RANGES, MAX_EXCLUDED_UIDS, MAX_LOCAL_ADDRESSES, MAX_PODS, MAX_SERVERS, MAX_SHORTCUT_SOCKETS, OUTBOUND,
-    PodCounters, PodPolicy, Reason, SWITCHES as SWITCH_SLOTS, SockLayout, SocketKey,
+    Acceleration, Address, ENDING, Endpoint, FragmentKey, Hop, Join, JoinedCounters, LISTENER_SLOTS, LinkAddress,
+    MAX_BRIDGE_PORTS, MAX_EXCLUDED_PORTS, MAX_EXCLUDED_RANGES, MAX_EXCLUDED_UIDS, MAX_FRAGMENTED, MAX_LOCAL_ADDRESSES,
+    MAX_PODS, MAX_SERVERS, MAX_SHORTCUT_SOCKETS, OUTBOUND, PodCounters, PodPolicy, Reason, SWITCHES as SWITCH_SLOTS,
+    SockLayout, SocketKey,
 };
 
 /// Enrolled pods.
@@ -39,6 +40,10 @@ static INBOUND_EXCLUDED_RANGES: LpmTrie<Address, u8, MAX_EXCLUDED_RANGES> = LpmT
 #[btf_map]
 static EXCLUDED_UIDS: HashMap<u32, u8, MAX_EXCLUDED_UIDS, NO_PREALLOC> = HashMap::new();
 
+/// Ports of bridges that have the programs: their own link-layer addresses, by their indexes.
+#[btf_map]
+static BRIDGE_PORTS: HashMap<u32, LinkAddress, MAX_BRIDGE_PORTS, NO_PREALLOC> = HashMap::new();
+
 /// The node's own addresses.
 #[btf_map]
 static LOCAL_ADDRESSES: HashMap<Address, u8, MAX_LOCAL_ADDRESSES> = HashMap::new();
@@ -47,6 +52,10 @@ static LOCAL_ADDRESSES: HashMap<Address, u8, MAX_LOCAL_ADDRESSES> = HashMap::new
 /// daemon leaves no slot filled.
 #[btf_map]
 pub static LISTENERS: SockMap<LISTENER_SLOTS> = SockMap::new();
+
+/// Packets whose first piece was of one of the daemon's connections: the others are too. The oldest go when it is full.
+#[btf_map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, u8, MAX_FRAGMENTED> = LruHashMap::new();
 
 /// Sockets whose messages may take the short cut: `shortcut` is asked for each.
 #[btf_map]
@@ -196,6 +205,12 @@ pub fn directions(policy: *const PodPolicy) -> u32 {
     unsafe { (*policy).directions }
 }
 
+/// The link-layer address of the port of a bridge; `None`: the interface is not one.
+#[inline(always)]
+pub fn bridge_port(interface: u32) -> Option<*const LinkAddress> {
+    BRIDGE_PORTS.get_ptr(interface)
+}
+
 /// A pod's counters on this CPU.
 #[inline(always)]
 pub fn pod_counters(address: &Address) -> Option<&'static mut PodCounters> {
@@ -229,9 +244,6 @@ pub fn inbound_exclusion(source: &Address, port: u16) -> Option<Reason> {
 pub fn exclusion(destination: &Address, port: u16) -> Option<Reason> {
     if EXCLUDED_PORTS.get_ptr(port).is_some() {
         return Some(Reason::PassedExcludedPort);
-    }
-    if crate::balance::is_backend(destination, port) {
-        return Some(Reason::PassedBalanced);
     }
     if LOCAL_ADDRESSES.get_ptr(destination).is_some() {
         return Some(Reason::PassedLocal);

@@ -4,7 +4,7 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::helpers::bpf_skb_load_bytes_relative;
 use aya_ebpf::programs::TcContext;
-use culvert_proxy_ebpf::{Address, Reason, v4_mapped};
+use culvert_proxy_ebpf::{Address, FragmentKey, Reason, v4_mapped};
 
 const ETH_P_IP: u32 = 0x0800;
 const ETH_P_IPV6: u32 = 0x86DD;
@@ -39,6 +39,8 @@ pub enum NotOurs {
     Other,
     /// TCP, or what may be, that cannot be decided by: counted.
     Counted(Reason),
+    /// A piece of a TCP packet: see [`piece`].
+    Fragment,
     /// An ICMP error about a TCP packet that went the other way. The segment has the addresses and ports that an answer
     /// to that packet would have.
     Icmp(Segment),
@@ -135,14 +137,34 @@ fn parse_ipv4(ctx: &TcContext) -> Result<Segment, NotOurs> {
     }
     // More-fragments, or an offset: ports are in the first fragment only. Don't-fragment (0x4000) is no matter.
     if u16::from_be(ip.fragment) & 0x3fff != 0 {
-        return Err(NotOurs::Counted(Reason::PassedFragment));
+        return Err(NotOurs::Fragment);
     }
+    behind_ipv4(ctx, &ip)
+}
+
+#[inline(always)]
+fn behind_ipv4(ctx: &TcContext, ip: &Ipv4Header) -> Result<Segment, NotOurs> {
     let header_length = u32::from(ip.version_and_length & 0x0f) * 4;
     if header_length < size_of::<Ipv4Header>() as u32 {
         return Err(NotOurs::Counted(Reason::PassedTruncated));
     }
     let tcp: TcpHeader = load(ctx, header_length)?;
     Ok(segment(tcp, header_length, v4_mapped(ip.source), v4_mapped(ip.destination), false))
+}
+
+/// Of which packet a piece is, and whether it is the first, which has the ports: [`first_piece`] reads them.
+#[inline(always)]
+pub fn piece(ctx: &TcContext) -> Option<(FragmentKey, bool)> {
+    let ip: Ipv4Header = load(ctx, 0).ok()?;
+    let key = FragmentKey { source: ip.source, destination: ip.destination, id: ip.id, unused: 0 };
+    Some((key, u16::from_be(ip.fragment) & 0x1fff == 0))
+}
+
+/// Reads the first piece of a TCP packet.
+#[inline(always)]
+pub fn first_piece(ctx: &TcContext) -> Option<Segment> {
+    let ip: Ipv4Header = load(ctx, 0).ok()?;
+    behind_ipv4(ctx, &ip).ok()
 }
 
 /// Reads what an ICMP packet is about, if it is an error about a TCP packet. What else it may be passes.

@@ -9,24 +9,31 @@ use aya_ebpf::bindings::{
     sk_action::SK_PASS,
 };
 use aya_ebpf::helpers::{
-    bpf_get_hash_recalc, bpf_get_socket_uid, bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release, bpf_skc_lookup_tcp,
+    bpf_get_hash_recalc, bpf_get_socket_uid, bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release, bpf_skb_change_type,
+    bpf_skb_store_bytes, bpf_skc_lookup_tcp,
 };
 use aya_ebpf::programs::{SkLookupContext, TcContext};
 use culvert_proxy_ebpf::{
-    Address, INBOUND, MAX_WORKERS, OUTBOUND, PodPolicy, Reason, from_words, listener_slot, v4_mapped,
+    Address, INBOUND, LinkAddress, MAX_WORKERS, OUTBOUND, PodPolicy, Reason, from_words, listener_slot, v4_mapped,
 };
 
+use crate::balance::is_backend;
+use crate::connect::detour_of;
 use crate::maps::{
-    LISTENERS, PODS, count, directions, exclusion, inbound_exclusion, is_ending, is_enrolled, is_excluded_user, mark,
-    pod_counters, sends_to_daemon, workers,
+    FRAGMENTS, LISTENERS, PODS, bridge_port, count, directions, exclusion, inbound_exclusion, is_ending, is_enrolled,
+    is_excluded_user, mark, pod_counters, sends_to_daemon, workers,
 };
-use crate::packet::{NotOurs, Segment, parse};
+use crate::packet::{NotOurs, Segment, first_piece, parse, piece};
 use crate::reset;
 
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
 const AF_INET6: u32 = 10;
 const IPPROTO_TCP: u32 = 6;
+
+/// Kinds of packets (linux/if_packet.h): to this host, and to another one.
+const PACKET_HOST: u32 = 0;
+const PACKET_OTHERHOST: u32 = 3;
 
 /// Lets programs attached after this one, and then the stack, see the packet.
 const UNTOUCHED: i32 = TC_ACT_UNSPEC;
@@ -56,7 +63,8 @@ pub fn outbound(ctx: &TcContext) -> i32 {
     if let Some(policy) = source
         && directions(policy) & OUTBOUND != 0
     {
-        match exclusion(&segment.destination, u16::from_be(segment.destination_port)).or_else(|| user_exclusion(ctx)) {
+        let excluded = exclusion(&segment.destination, u16::from_be(segment.destination_port));
+        match excluded.or_else(|| balanced_exclusion(ctx, &segment)).or_else(|| user_exclusion(ctx)) {
             None => return redirect(ctx, &segment, policy, OUTBOUND),
             Some(reason) => why = reason,
         }
@@ -111,6 +119,18 @@ fn sender(ctx: &TcContext, segment: &Segment) -> Option<*const PodPolicy> {
         return None;
     }
     Some(policy)
+}
+
+/// Whether the kernel led the connection to a backend: it needs no filter. A program that names the backend itself goes by the pod's
+/// policy. The packet still has its socket here; of one without it is not known, and what goes to a backend passes.
+#[inline(always)]
+fn balanced_exclusion(ctx: &TcContext, segment: &Segment) -> Option<Reason> {
+    if !is_backend(&segment.destination, u16::from_be(segment.destination_port)) {
+        return None;
+    }
+    // SAFETY: a field of the context that the kernel passed in.
+    let sock = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
+    (sock.is_null() || detour_of(sock).is_some()).then_some(Reason::PassedBalanced)
 }
 
 /// Whether the program that opens the connection belongs to an excluded user: the packet still has its socket here.
@@ -230,8 +250,53 @@ fn not_ours(ctx: &TcContext, why: NotOurs) -> i32 {
             count(reason);
             UNTOUCHED
         }
+        NotOurs::Fragment => fragment(ctx),
         NotOurs::Icmp(answer) => icmp(ctx, &answer),
     }
+}
+
+/// A piece of a packet. This host puts together what belongs to one of the daemon's connections: the first piece tells, which has
+/// the ports, and the others are known by it. (One that comes before the first passes, and the packet is sent again.)
+#[inline(always)]
+fn fragment(ctx: &TcContext) -> i32 {
+    let is_ours = match piece(ctx) {
+        None => false,
+        Some((key, _)) if !is_enrolled(&v4_mapped(key.source)) && !is_enrolled(&v4_mapped(key.destination)) => false,
+        Some((key, false)) => FRAGMENTS.get_ptr(key).is_some(),
+        Some((key, true)) => {
+            let is_ours = first_piece(ctx).is_some_and(|segment| is_open(ctx, &segment));
+            if is_ours {
+                let _ = FRAGMENTS.insert(key, 1, 0);
+            } else {
+                // The number is used again.
+                let _ = FRAGMENTS.remove(key);
+            }
+            is_ours
+        }
+    };
+    if !is_ours || !lead_up(ctx) {
+        count(Reason::PassedFragment);
+        return UNTOUCHED;
+    }
+    count(Reason::Steered);
+    ctx.set_mark(mark());
+    TC_ACT_OK
+}
+
+/// Whether this host has a socket, which does not listen, with the packet's addresses and ports.
+#[inline(always)]
+fn is_open(ctx: &TcContext, segment: &Segment) -> bool {
+    let sock = find(ctx, segment);
+    if sock.is_null() {
+        return false;
+    }
+    // SAFETY: not null, held until it is released, and released once.
+    let state = unsafe {
+        let state = (*sock).state;
+        bpf_sk_release(sock.cast());
+        state
+    };
+    state != TCP_LISTEN
 }
 
 /// An ICMP error, such as that a packet was too big, goes to the address that sent the packet: a pod's, if it is about
@@ -241,22 +306,30 @@ fn icmp(ctx: &TcContext, answer: &Segment) -> i32 {
     if !is_enrolled(&answer.source) && !is_enrolled(&answer.destination) {
         return UNTOUCHED;
     }
-    let sock = find(ctx, answer);
-    if sock.is_null() {
-        return UNTOUCHED;
-    }
-    // SAFETY: not null, held until it is released, and released once.
-    let state = unsafe {
-        let state = (*sock).state;
-        bpf_sk_release(sock.cast());
-        state
-    };
-    if state == TCP_LISTEN {
+    if !is_open(ctx, answer) || !lead_up(ctx) {
         return UNTOUCHED;
     }
     count(Reason::IcmpSteered);
     ctx.set_mark(mark());
     TC_ACT_OK
+}
+
+/// Has the bridge, if the packet came over a port of one, give it to this host: it would switch what is for a neighbour's link-layer
+/// address to the neighbour's port, and the mark and the socket would be for nothing. Whether that is done, or need not be.
+#[inline(always)]
+fn lead_up(ctx: &TcContext) -> bool {
+    // SAFETY: fields of the context that the kernel passed in.
+    let (kind, interface) = unsafe { ((*ctx.skb.skb).pkt_type, (*ctx.skb.skb).ifindex) };
+    if kind != PACKET_OTHERHOST {
+        return true;
+    }
+    let Some(own) = bridge_port(interface) else { return true };
+    // SAFETY: the context that the kernel passed in, and a value of the map, of that size, which lives until the end of the program
+    // run. Only ports of bridges are in the map: their packets begin with the Ethernet address that they are sent to.
+    unsafe {
+        bpf_skb_store_bytes(ctx.skb.skb, 0, own.cast(), size_of::<LinkAddress>() as u32, 0) == 0
+            && bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) == 0
+    }
 }
 
 /// The socket of this host that has the packet's addresses and ports; if there is none, a listener that would take it.
@@ -347,7 +420,7 @@ fn assign_and_release(ctx: &TcContext, sock: *mut bpf_sock) -> bool {
         bpf_sk_release(sock.cast());
         result
     };
-    if result != 0 {
+    if result != 0 || !lead_up(ctx) {
         count(Reason::AssignFailed);
         return false;
     }

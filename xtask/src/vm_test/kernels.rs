@@ -18,12 +18,14 @@ deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian
 ";
 
 /// What tests need that kernels have as modules; one that a kernel does not have is built into it.
-const MODULES: [&str; 12] = [
+const MODULES: [&str; 14] = [
     "veth",
+    "bridge",
     "8021q",
     "sch_ingress",
     "cls_bpf",
     "inet_diag",
+    "tcp_diag",
     "udp_diag",
     // What other people's rules consist of.
     "nf_tables",

@@ -52,7 +52,7 @@ const DEFAULT: [Series; 2] = [Series::Of(6, 1), Series::Of(6, 12)];
 const ALL: [Series; 5] = [Series::Of(5, 10), Series::Of(6, 1), Series::Of(6, 12), Series::Of(6, 18), Series::Newest];
 
 /// Test binaries, and the first kernel that each is for.
-const BINARIES: [(&str, Version); 14] = [
+const BINARIES: [(&str, Version); 16] = [
     ("kernel_programs", (5, 10, 0)),
     // Interception needs SO_NETNS_COOKIE.
     ("kernel_redirect", (5, 14, 0)),
@@ -60,10 +60,12 @@ const BINARIES: [(&str, Version); 14] = [
     ("kernel_host", (5, 14, 0)),
     ("kernel_balance", (5, 14, 0)),
     // They look at TCX links, or replace daemons without a gap.
+    ("kernel_bridge", (6, 6, 0)),
     ("kernel_lifecycle", (6, 6, 0)),
     ("kernel_enrol", (6, 6, 0)),
     ("kernel_upgrade", (6, 6, 0)),
     ("kernel_succession", (6, 6, 0)),
+    ("kernel_departed", (5, 14, 0)),
     ("kernel_pods_watch", (5, 14, 0)),
     ("kernel_coexistence", (5, 14, 0)),
     ("kernel_complaints", (5, 14, 0)),

@@ -1,6 +1,7 @@
 //! Which pods are enrolled: by the bootstrap, by manifests and API servers, and by command.
 
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::State;
@@ -35,7 +36,7 @@ impl State {
         }
         let Self { pods, ebpf, netlink, unattached, config, .. } = self;
         let mut links = None;
-        pods.reconcile(ebpf, |address| {
+        let gone = pods.reconcile(ebpf, |address| {
             let links = links.get_or_insert_with(|| netlink.links());
             let links = match links {
                 Ok(links) => links,
@@ -51,6 +52,8 @@ impl State {
             }
             let is_pods = |link: &Link| direction_of(config, &link.name) == Some(Direction::Outbound);
             match links.iter().find(|link| link.index == index) {
+                // One that is named stands for its ports.
+                Some(bridge) if bridge.is_bridge && is_pods(bridge) => Place::Bridge(bridge.name.clone()),
                 Some(link) if is_pods(link) => Place::Interface(index, link.name.clone()),
                 Some(bridge) if links.iter().any(|link| link.bridge == Some(index) && is_pods(link)) => {
                     Place::Bridge(bridge.name.clone())
@@ -63,6 +66,10 @@ impl State {
             }
         });
         pod_families::note(self.pods.enrolled().map(|(_, addresses)| addresses));
+        if !gone.is_empty() {
+            self.departed.extend(gone);
+            self.try_again_soon();
+        }
         let names = self.pods.names();
         if **self.pod_names.load() != names {
             self.pod_names.store(Arc::new(names));
@@ -72,7 +79,7 @@ impl State {
     /// Forgets, once, what earlier daemons counted for pods that have gone since: as soon as it is known which those are, and
     /// as no other daemon serves them.
     pub(super) fn forget_others(&mut self) {
-        if self.forgot_others || self.waits.is_some() || self.source_fault.is_some() || self.is_followed() {
+        if self.forgot_others || self.waits.is_some() || !self.source_faults.is_empty() || self.is_followed() {
             return;
         }
         match self.pods.forget_others(&mut self.ebpf) {
@@ -86,6 +93,7 @@ impl State {
         let path = self.config.state_path.clone();
         self.commanded =
             commanded::read(&path).map_err(|reason| InterceptError::StateFile { path: path.clone(), reason })?;
+        let written = self.commanded.len();
         let netlink = &mut self.netlink;
         self.commanded.retain(|pod| {
             let stays =
@@ -95,8 +103,9 @@ impl State {
             }
             stays
         });
+        self.forgets |= self.commanded.len() < written;
         self.pods.set(Origin::Command, self.commanded.iter().map(Commanded::known).collect());
-        Ok(())
+        self.recall_cgroups()
     }
 
     pub(in crate::intercept) fn enrol(
@@ -120,7 +129,7 @@ impl State {
         };
         addresses.sort_unstable();
         addresses.dedup();
-        let Some(first) = addresses.first() else { return refuse("an address is needed".to_owned()) };
+        let Some(first) = addresses.first().copied() else { return refuse("an address is needed".to_owned()) };
         let name = name.unwrap_or_else(|| first.to_string());
         let mut interface = None;
         for address in &addresses {
@@ -140,7 +149,25 @@ impl State {
         let policy = Policy { failure_policy, traffic, acceleration };
         let before = self.commanded.clone();
         let mut wanted = before.clone();
-        wanted.retain(|pod| pod.name != name && pod.addresses.iter().all(|address| !addresses.contains(address)));
+        let is_taken = |pod: &&Commanded| pod.name != name && pod.addresses.iter().any(|it| addresses.contains(it));
+        if let Some(other) = wanted.iter().find(is_taken) {
+            let (other, all) = (&other.name, listed(&other.addresses));
+            return refuse(format!("{other} is enrolled by command with {all}: name it, or unenroll it first"));
+        }
+        match wanted.iter().position(|pod| pod.name == name) {
+            Some(at) if wanted[at].interface != interface => {
+                let all = listed(&wanted[at].addresses);
+                return refuse(format!(
+                    "{name} is enrolled by command with {all}, on another interface than {first}: use another name, or \
+                     unenroll it first"
+                ));
+            }
+            // One more address of the same pod; what is said now holds for all of it.
+            Some(at) => addresses.extend(wanted.remove(at).addresses),
+            None => {}
+        }
+        addresses.sort_unstable();
+        addresses.dedup();
         wanted.push(Commanded::new(name.clone(), addresses, policy, interface));
         self.command(wanted)?;
         let failed = self.pods().into_iter().find(|pod| pod.name == name && pod.is_commanded() && !pod.enrolled);
@@ -153,6 +180,9 @@ impl State {
     }
 
     pub(in crate::intercept) fn unenrol(&mut self, name_or_address: &str) -> Result<(), InterceptError> {
+        if name_or_address.starts_with('/') {
+            return self.unenrol_cgroup(Path::new(name_or_address));
+        }
         let address: Option<IpAddr> = name_or_address.parse().ok();
         let mut wanted = self.commanded.clone();
         wanted.retain(|pod| {
@@ -168,12 +198,18 @@ impl State {
 
     /// Writes down and puts in force what is to be enrolled by command. What cannot be written down is not put in force.
     fn command(&mut self, wanted: Vec<Commanded>) -> Result<(), InterceptError> {
-        if self.is_followed() {
-            let reason = "another daemon has taken over: it answers here when this one has ended".to_owned();
-            return Err(InterceptError::Command(reason));
-        }
+        self.may_command()?;
         self.write_commanded(&wanted)?;
         self.set_commanded(wanted);
+        Ok(())
+    }
+
+    /// Whether commands are for this daemon.
+    pub(super) fn may_command(&self) -> Result<(), InterceptError> {
+        if self.is_followed() {
+            let reason = "another daemon has taken over: it answers here when this one is told to end".to_owned();
+            return Err(InterceptError::Command(reason));
+        }
         Ok(())
     }
 
@@ -187,4 +223,9 @@ impl State {
         self.commanded = pods;
         self.set_pods(Origin::Command, self.commanded.iter().map(Commanded::known).collect());
     }
+}
+
+/// Addresses, for people.
+fn listed(addresses: &[IpAddr]) -> String {
+    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and ")
 }

@@ -102,12 +102,17 @@ impl State {
         if self.waits.is_some() || self.is_followed() {
             return Ok(());
         }
-        let wanted = direction_of(&self.config, &link.name);
+        let wanted = self.direction_on(link);
+        // Before the program is there: what it redirects must get to this host.
+        if let Err(error) = self.note_port(link, wanted.is_some()) {
+            return self.note_unattached(link.index, error);
+        }
         if let Some(attachment) = self.attachments.get_mut(&link.index) {
             if wanted == Some(attachment.direction) {
                 if !attachment.is_on(&link.name) {
                     attachment.rename(&link.name);
                 }
+                self.unattached.remove(&link.index);
                 return Ok(());
             }
             self.forget_link(link.index)?;
@@ -120,17 +125,46 @@ impl State {
             Ok(attachment) => attachment,
             // Interfaces come and go faster than events are read.
             Err(_) if nix::net::if_::if_nametoindex(link.name.as_str()).is_err() => return Ok(()),
-            Err(error) => {
-                // Tried again until it works; said once.
-                let reason = error.to_string();
-                let known = self.unattached.insert(link.index, reason.clone());
-                return if known == Some(reason) { Ok(()) } else { Err(error) };
-            }
+            Err(error) => return self.note_unattached(link.index, error),
         };
         self.unattached.remove(&link.index);
         tracing::info!(interface = link.name, program = direction.program(), "attached");
         probe::log_hostile_sysctls(&link.name);
         self.attachments.insert(link.index, attachment);
+        Ok(())
+    }
+
+    /// Which program an interface gets, if any. A pods' bridge gets none itself: its ports do, over which pods send to each other too.
+    fn direction_on(&mut self, link: &Link) -> Option<Direction> {
+        let named = direction_of(&self.config, &link.name);
+        if link.is_bridge {
+            return named.filter(|direction| *direction == Direction::Inbound);
+        }
+        named.or_else(|| {
+            let index = link.bridge?;
+            let bridge = self.netlink.links().ok()?.into_iter().find(|it| it.index == index)?;
+            direction_of(&self.config, &bridge.name).filter(|direction| *direction == Direction::Outbound)
+        })
+    }
+
+    /// Notes what keeps an interface from having its program: tried again until it works, and said once.
+    fn note_unattached(&mut self, index: u32, error: InterceptError) -> Result<(), InterceptError> {
+        let reason = error.to_string();
+        let known = self.unattached.insert(index, reason.clone());
+        if known == Some(reason) { Ok(()) } else { Err(error) }
+    }
+
+    /// Has packets that come over the port of a bridge, and are for the daemon, led to this host; forgets who is a port no longer.
+    fn note_port(&mut self, link: &Link, has_program: bool) -> Result<(), InterceptError> {
+        let address = link.address.filter(|_| link.bridge.is_some() && has_program);
+        if self.bridge_ports.get(&link.index).copied() == address {
+            return Ok(());
+        }
+        kernel::set_bridge_port(&mut self.ebpf, link.index, address)?;
+        match address {
+            Some(address) => self.bridge_ports.insert(link.index, address),
+            None => self.bridge_ports.remove(&link.index),
+        };
         Ok(())
     }
 
@@ -140,8 +174,12 @@ impl State {
             return Ok(());
         }
         self.unattached.remove(&index);
+        if self.bridge_ports.remove(&index).is_some() {
+            kernel::set_bridge_port(&mut self.ebpf, index, None)?;
+        }
         // First of all what matters: it does not wait for a disk.
         let forgotten = self.forget_link(index);
+        self.departed.extend(self.pods.leave(index));
         if self.commanded.iter().all(|pod| pod.interface != index) {
             return forgotten;
         }
@@ -164,8 +202,10 @@ impl State {
             return Ok(());
         }
         let links = self.netlink.links().map_err(|source| InterceptError::netlink("list interfaces", source))?;
-        let gone: Vec<u32> =
-            self.attachments.keys().copied().filter(|index| links.iter().all(|link| link.index != *index)).collect();
+        let known = self.attachments.keys().chain(self.bridge_ports.keys());
+        let mut gone: Vec<u32> = known.copied().filter(|index| links.iter().all(|link| link.index != *index)).collect();
+        gone.sort_unstable();
+        gone.dedup();
         for index in gone {
             self.link_gone(index)?;
         }

@@ -42,6 +42,7 @@ impl State {
 
     /// Removes all that was made, as far as possible, unless it is another daemon's by now.
     pub(in crate::intercept) fn remove(&mut self) -> Result<(), InterceptError> {
+        self.spare.clear();
         if self.is_superseded() {
             tracing::info!("another daemon has taken over: kernel programs and routing are left to it");
             self.attachments.drain().for_each(|(_, attachment)| attachment.leave());
