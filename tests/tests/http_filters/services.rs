@@ -135,12 +135,12 @@ pub fn hide_port(fields: &mut serde_json::Map<String, Value>) {
     }
 }
 
-fn decode(descriptor: &MessageDescriptor, bytes: &[u8]) -> Result<Value> {
+pub fn decode(descriptor: &MessageDescriptor, bytes: &[u8]) -> Result<Value> {
     let message = DynamicMessage::decode(descriptor.clone(), bytes)?;
     Ok(serde_json::to_value(&message)?)
 }
 
-fn encode(descriptor: &MessageDescriptor, json: &Value) -> Result<Bytes> {
+pub fn encode(descriptor: &MessageDescriptor, json: &Value) -> Result<Bytes> {
     let message = DynamicMessage::deserialize(descriptor.clone(), json).context("the answer of a case")?;
     let message = message.encode_to_vec();
     let mut frame = vec![0];
@@ -150,7 +150,7 @@ fn encode(descriptor: &MessageDescriptor, json: &Value) -> Result<Bytes> {
 }
 
 /// The next message of a stream.
-async fn next(body: &mut h2::RecvStream, read: &mut BytesMut) -> Result<Option<Bytes>> {
+pub async fn next(body: &mut h2::RecvStream, read: &mut BytesMut) -> Result<Option<Bytes>> {
     loop {
         if read.len() >= 5 {
             let length = u32::from_be_bytes(read[1..5].try_into()?) as usize;

@@ -70,7 +70,7 @@ impl Prepared {
             let body = Body::Wrapped(Box::new(Outgoing(Rc::clone(&sending))));
             let mut expired = std::pin::pin!(sending.expired());
             tokio::select! {
-                ended = converse(cluster, head, body, max_message, &told) => {
+                ended = converse(cluster, head, body, max_message, (&sending, &told)) => {
                     told(Err(ended));
                     if sending.0.borrow().lingers {
                         expired.await;
@@ -89,7 +89,7 @@ async fn converse<A: ProtoMessage + Default>(
     head: RequestHead,
     body: Body,
     max_message: usize,
-    told: &impl Fn(Result<A, Ended>),
+    (outbox, told): (&Outbox, &impl Fn(Result<A, Ended>)),
 ) -> Ended {
     let Some(cluster) = cluster else { return UNAVAILABLE.into() };
     let mut answer = match send(&cluster, None, head, body).await {
@@ -104,6 +104,7 @@ async fn converse<A: ProtoMessage + Default>(
     }
     let (mut read, mut trailers) = (BytesMut::new(), None);
     loop {
+        outbox.unheld().await;
         match answer.frame().await {
             Err(failure) => return Failed::from(failure).into(),
             Ok(None) => break,
@@ -158,6 +159,15 @@ impl Stream {
         }
     }
 
+    /// Whether what the service sends stays where it is for now: it is held up by its window then.
+    pub(crate) fn hold(&self, held: bool) {
+        let mut state = self.outbox.0.borrow_mut();
+        state.held = held;
+        if !held {
+            wake(&mut state.listener);
+        }
+    }
+
     /// Ends our side; the service may go on for so long.
     pub(crate) fn finish(mut self, limit: Duration) {
         self.outbox.0.borrow_mut().ended = true;
@@ -173,7 +183,10 @@ impl Stream {
     fn expire(&mut self, limit: Duration, then: Option<Then>) {
         let mut state = self.outbox.0.borrow_mut();
         state.expires = Some((limit, then));
+        // Its end is to be seen.
+        state.held = false;
         let state = &mut *state;
+        wake(&mut state.listener);
         wake(&mut state.reader);
         wake(&mut state.expirer);
         // It goes on by itself.
@@ -198,7 +211,7 @@ fn wake(waker: &mut Option<Waker>) {
 /// What is done when a stream has lasted for long enough.
 type Then = Box<dyn FnOnce()>;
 
-/// What is to be sent.
+/// What is to be sent, and whether anything is read.
 #[derive(Default)]
 struct Outbox(RefCell<Queue>);
 
@@ -208,9 +221,13 @@ struct Queue {
     bytes: usize,
     ended: bool,
     lingers: bool,
+    /// Nothing is read.
+    held: bool,
     expires: Option<(Duration, Option<Then>)>,
     /// Who sends it.
     reader: Option<Waker>,
+    /// Who reads what comes.
+    listener: Option<Waker>,
     /// Who waits for room: one for each direction at most.
     writers: Vec<Waker>,
     /// Who waits for the end.
@@ -218,6 +235,19 @@ struct Queue {
 }
 
 impl Outbox {
+    /// Waits until something may be read.
+    async fn unheld(&self) {
+        std::future::poll_fn(|cx| {
+            let mut state = self.0.borrow_mut();
+            if !state.held {
+                return Poll::Ready(());
+            }
+            state.listener = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
     /// Ends when the stream has lasted for as long as it may once its end is known.
     async fn expired(&self) {
         let (limit, then) = std::future::poll_fn(|cx| {

@@ -112,8 +112,8 @@ impl Duplex {
     }
 
     /// What has not been shown.
-    pub(super) fn into_source(self) -> Body {
-        self.source
+    pub(super) fn into_source(mut self) -> Body {
+        std::mem::take(&mut self.source)
     }
 
     fn refused(&self, reply: LocalReply) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
@@ -133,6 +133,13 @@ impl Duplex {
         let polled = std::task::ready!(Pin::new(&mut self.source).poll_frame(cx));
         self.ended = polled.as_ref().is_none_or(|frame| frame.as_ref().is_ok_and(Frame::is_trailers));
         Poll::Ready(polled)
+    }
+}
+
+impl Drop for Duplex {
+    fn drop(&mut self) {
+        // What still comes would hold up what is said to the other side.
+        self.session.abandon(self.side);
     }
 }
 

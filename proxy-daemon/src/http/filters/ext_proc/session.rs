@@ -41,6 +41,9 @@ use crate::{
 
 /// How long a processor has to end its side of a stream that has ended on ours.
 const REMOTE_CLOSE: Duration = Duration::from_secs(1);
+/// So many times the buffer's limit of pieces may wait where what the processor says to the other side's headers comes behind them: a host
+/// may answer before it has taken the request.
+const BEFORE_HEADERS: usize = 16;
 
 /// What a side waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,9 +95,12 @@ struct SideState {
     /// It has been shown a piece.
     body_shown: Cell<bool>,
     trailers_shown: Cell<bool>,
-    /// Pieces of its own that nobody has taken yet, and whether the last one is there.
+    /// Pieces of its own that nobody has taken yet, how many bytes they are, and whether the last one is there.
     pieces: RefCell<VecDeque<Bytes>>,
+    piece_bytes: Cell<usize>,
     pieces_ended: Cell<bool>,
+    /// Nobody takes any more of them.
+    abandoned: Cell<bool>,
     /// What it says to trailers where it may have said something before that nobody has taken yet.
     trailers: RefCell<Option<Option<HeaderMutation>>>,
     waker: RefCell<Option<Waker>>,
@@ -229,6 +235,7 @@ impl Session {
             state.extended.set(false);
             state.deadline.set(Some(Instant::now() + self.settings.message_timeout));
         }
+        self.hold_up(stream);
     }
 
     fn open(self: &Rc<Self>) {
@@ -278,7 +285,10 @@ impl Session {
     /// What has come back of a body, whenever it was shown.
     pub(super) fn poll_streamed(&self, side: Side, cx: &mut Context<'_>) -> Poll<Streamed> {
         let state = self.side(side);
-        if let Some(piece) = state.pieces.borrow_mut().pop_front() {
+        let piece = state.pieces.borrow_mut().pop_front();
+        if let Some(piece) = piece {
+            state.piece_bytes.set(state.piece_bytes.get() - piece.len());
+            self.stream.borrow().as_ref().inspect(|stream| self.hold_up(stream));
             return Poll::Ready(Streamed::Piece(piece));
         }
         if state.pieces_ended.get() {
@@ -292,6 +302,25 @@ impl Session {
         }
         state.waker.replace(Some(cx.waker().clone()));
         Poll::Pending
+    }
+
+    /// Has the processor wait with what it sends while there is more of it than may be in memory.
+    fn hold_up(&self, stream: &Stream) {
+        let is_full = |side, other| {
+            let waits = self.side(other).awaits.get() == Some(Await::Headers);
+            let most = if waits { self.buffer_limit.saturating_mul(BEFORE_HEADERS) } else { self.buffer_limit };
+            self.side(side).piece_bytes.get() > most
+        };
+        stream.hold(is_full(Side::Request, Side::Response) || is_full(Side::Response, Side::Request));
+    }
+
+    /// Nobody takes what comes back of a body any more.
+    pub(super) fn abandon(&self, side: Side) {
+        let state = self.side(side);
+        state.abandoned.set(true);
+        state.pieces.borrow_mut().clear();
+        state.piece_bytes.set(0);
+        self.stream.borrow().as_ref().inspect(|stream| self.hold_up(stream));
     }
 
     /// The answer that the client gets, where it is this side that has to give it.

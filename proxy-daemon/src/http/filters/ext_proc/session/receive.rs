@@ -115,8 +115,10 @@ impl Session {
     fn take_piece(&self, side: Side, piece: StreamedBodyResponse) {
         let state = self.side(side);
         self.settings.stats.stream_msgs_received.inc();
-        if !piece.body.is_empty() {
+        if !piece.body.is_empty() && !state.abandoned.get() {
+            state.piece_bytes.set(state.piece_bytes.get() + piece.body.len());
             state.pieces.borrow_mut().push_back(piece.body.into());
+            self.stream.borrow().as_ref().inspect(|stream| self.hold_up(stream));
         }
         if piece.end_of_stream {
             state.awaits.set(None);
