@@ -170,8 +170,8 @@ pub(super) enum KeySource {
     Remote(Arc<Remote>),
 }
 
-/// `RemoteJwks`: fetched by the first request that needs the keys, for all workers, and again when they are too old; with `async_fetch`
-/// that is done beside requests, which go by the old keys meanwhile.
+/// `RemoteJwks`: fetched by the first request that needs the keys, for all workers, and again when they are too old. With `async_fetch`
+/// that is done beside requests, which go by the old keys meanwhile; without it so do those whose tokens are known, and the others wait.
 #[derive(Debug)]
 pub(super) struct Remote {
     pub(super) cluster: Box<str>,
@@ -215,7 +215,7 @@ struct Fetched {
     at: Instant,
 }
 
-/// How long after a failed fetch tokens that are known pass without another one.
+/// How long after a failed fetch tokens that are known cause no other one.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// So long before keys are too old others are fetched beside requests, as in Envoy.
 const AHEAD: Duration = Duration::from_secs(5);
@@ -240,22 +240,20 @@ impl Remote {
         self.get(cx, stats).await?.verify(token)
     }
 
-    async fn has_still(self: &Arc<Self>, number: u64, cx: &StreamCx, stats: &Stats) -> bool {
-        if let Some(fetched) = self.state.current.load().as_ref().filter(|fetched| self.is_fresh(fetched)) {
-            self.renew(fetched, cx, stats);
-            return fetched.number == number;
-        }
-        let failed_at = self.state.fetch.try_lock().ok().and_then(|failed_at| *failed_at);
-        if failed_at.is_some_and(|at| at.elapsed() < AFTER_FAILURE) {
-            return true;
-        }
-        self.get(cx, stats).await.map_or(true, |fetched| fetched.number == number)
+    fn has_still(self: &Arc<Self>, number: u64, cx: &StreamCx, stats: &Stats) -> bool {
+        let current = self.state.current.load();
+        let Some(fetched) = current.as_ref() else { return true };
+        self.renew(fetched, cx, stats);
+        fetched.number == number
     }
 
-    /// Has the keys fetched again beside this request where they will be too old soon.
+    /// Has the keys fetched again beside this request where they are too old, or will be soon.
     fn renew(self: &Arc<Self>, fetched: &Fetched, cx: &StreamCx, stats: &Stats) {
-        let Some(after_failure) = self.renewed else { return };
-        let after = if self.cache_duration > AHEAD { self.cache_duration - AHEAD } else { self.cache_duration };
+        let (after, after_failure) = match self.renewed {
+            Some(pause) if self.cache_duration > AHEAD => (self.cache_duration - AHEAD, pause),
+            Some(pause) => (self.cache_duration, pause),
+            None => (self.cache_duration, AFTER_FAILURE),
+        };
         if fetched.at.elapsed() < after {
             return;
         }
@@ -365,11 +363,12 @@ impl KeySource {
         }
     }
 
-    /// Whether the set of keys of that number is the one that counts. One that is too old is asked for again; where that fails it counts on.
-    pub(super) async fn has_still(&self, number: u64, cx: &StreamCx, stats: &Stats) -> bool {
+    /// Whether the set of keys of that number is the one that counts. One that is too old counts on until another one, which is asked for
+    /// beside this request, is there.
+    pub(super) fn has_still(&self, number: u64, cx: &StreamCx, stats: &Stats) -> bool {
         match self {
             KeySource::Local(_) => true,
-            KeySource::Remote(remote) => remote.has_still(number, cx, stats).await,
+            KeySource::Remote(remote) => remote.has_still(number, cx, stats),
         }
     }
 }

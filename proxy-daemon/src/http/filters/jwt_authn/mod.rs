@@ -324,10 +324,7 @@ impl Settings {
         // Only where a provider is asked for are tokens kept, and every token misses the cache of one that has none.
         let asked = of.map(|number| &self.providers[number]);
         let cache = asked.and_then(|provider| provider.cache.as_ref());
-        let is_known = match asked {
-            Some(provider) => provider.knows(&found.text, cx, &self.stats).await,
-            None => false,
-        };
+        let is_known = asked.is_some_and(|provider| provider.knows(&found.text, cx, &self.stats));
         if of.is_some() {
             let counter = if is_known { &self.stats.jwt_cache_hit } else { &self.stats.jwt_cache_miss };
             counter.inc();

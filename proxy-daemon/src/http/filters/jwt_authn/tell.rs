@@ -19,10 +19,10 @@ use crate::http::{
 
 impl Provider {
     /// Whether the token's signature is known to be good, by the keys that there are now.
-    pub(super) async fn knows(&self, token: &str, cx: &StreamCx, stats: &Stats) -> bool {
+    pub(super) fn knows(&self, token: &str, cx: &StreamCx, stats: &Stats) -> bool {
         let Some(cache) = &self.cache else { return false };
         let Some(keys) = cache.get(token) else { return false };
-        let is_good = self.keys.has_still(keys, cx, stats).await;
+        let is_good = self.keys.has_still(keys, cx, stats);
         if !is_good {
             cache.forget(token);
         }
