@@ -479,6 +479,38 @@ fn connections_are_opened_for_requests_to_come() -> Result<()> {
     Ok(())
 }
 
+/// Those connections are of pools, of which there may be only so many.
+#[test]
+fn pools_for_requests_to_come_are_counted() -> Result<()> {
+    let mut seen = Vec::new();
+    for kind in KINDS {
+        let hosts = [Host::start()?, Host::start()?, Host::start()?];
+        let (web, ports) = (free_port()?, hosts.each_ref().map(|host| host.port));
+        let fields = [
+            "preconnect_policy: {predictive_preconnect_ratio: 3}",
+            "circuit_breakers: {thresholds: [{track_remaining: true, max_connection_pools: 2}]}",
+        ];
+        let bootstrap = Bootstrap::new().http(web, &routes(&["ahead"]), &[]).cluster("ahead", &ports, &fields);
+        let daemon = start(kind, &bootstrap)?;
+        let mut answers = Vec::new();
+        for _ in 0..6 {
+            let client = fetch(web, Request::get("/ahead"))?;
+            let stats = daemon.stats()?;
+            let counted = ["circuit_breakers.default.remaining_cx_pools", "circuit_breakers.default.cx_pool_open"]
+                .map(|name| stats.get(&format!("cluster.ahead.{name}")));
+            answers.push((client.status, counted));
+        }
+        // With which host it begins is chance.
+        answers.sort_unstable();
+        let stats = daemon.stats()?;
+        let counted = ["upstream_cx_total", "upstream_cx_pool_overflow", "upstream_cx_none_healthy"]
+            .map(|name| stats.get(&format!("cluster.ahead.{name}")));
+        seen.push((answers, counted));
+    }
+    ensure!(seen[0] == seen[1], "Envoy:    {:?}\nculvertd: {:?}", seen[0], seen[1]);
+    Ok(())
+}
+
 #[test]
 fn clients_have_connections_of_their_own_where_that_is_wanted() -> Result<()> {
     for kind in KINDS {

@@ -116,7 +116,7 @@ impl Attempts<'_> {
         loop {
             self.count += 1;
             let chosen = self.choose(end, &head)?;
-            let kept = self.copy_for_retry(&chosen, (&head, &body));
+            let kept = self.copy_for_retry(&chosen, &head, &body);
             if let Some(replay) = self.retry.as_ref().and_then(|retry| retry.body.as_ref()) {
                 body = replay.reader();
             }
@@ -131,7 +131,7 @@ impl Attempts<'_> {
                         Some(copy) => {
                             self.cluster.cluster.stats.count_retried(response.status.as_u16());
                             set_aside(&incoming, connection);
-                            (head, body) = (copy, Body::Empty);
+                            (head, body) = copy;
                         }
                         None => {
                             end.judge_response(&response, http_body::Body::is_end_stream(&incoming));
@@ -145,7 +145,7 @@ impl Attempts<'_> {
                         end.excuse_host();
                         return Err(*reply);
                     }
-                    let request = failed.request.take().or_else(|| kept.map(|copy| Box::new((copy, Body::Empty))));
+                    let request = failed.request.take().or_else(|| kept.map(Box::new));
                     let request = match request {
                         // The next attempt is free.
                         Some(again) if failed.stale => {
@@ -301,13 +301,19 @@ impl Attempts<'_> {
         Ok(chosen)
     }
 
-    /// A copy of the head, where a failure after it was sent may be tried again, or its host may go away without having looked at it.
-    fn copy_for_retry(&self, chosen: &Chosen, (head, body): (&RequestHead, &Body)) -> Option<RequestHead> {
-        let http1 = || matches!(protocol(&chosen.cluster, head), Wanted::Http1);
+    /// A copy of the request, where a failure after it was sent may be tried again, or its host may go away without having looked at it. Its
+    /// body is there where no retry policy keeps that.
+    fn copy_for_retry(&self, chosen: &Chosen, head: &RequestHead, body: &Body) -> Option<(RequestHead, Body)> {
+        let http1 = matches!(protocol(&chosen.cluster, head), Wanted::Http1);
         let retry = self.retry.as_ref();
-        let may_move = chosen.host.pool.loses()
-            && (http_body::Body::is_end_stream(body) || retry.is_some_and(|retry| retry.body.is_some()));
-        (may_move || retry.is_some_and(|retry| retry.needs_copy(http1()))).then(|| head.clone())
+        let whole = match body {
+            Body::Full(bytes) => Some(Body::Full(bytes.clone())),
+            body => (http_body::Body::is_end_stream(body) || retry.is_some_and(|retry| retry.body.is_some()))
+                .then_some(Body::Empty),
+        };
+        let may_move = !http1 && whole.is_some();
+        (may_move || retry.is_some_and(|retry| retry.needs_copy(http1)))
+            .then(|| (head.clone(), whole.unwrap_or_default()))
     }
 
     /// Whether all of the request's body that has been sent can be sent again, where it has one.

@@ -258,6 +258,27 @@ fn of_many_hosts_those_with_more_to_do_get_less() {
     assert!((400..600).contains(&to_busy), "{to_busy}");
 }
 
+/// Hosts that have nothing to do are not chosen for that alone.
+#[test]
+fn of_many_hosts_idle_light_ones_get_little() {
+    const HOSTS: u32 = 2_000;
+    let clusters = Arc::new(Clusters::new(1));
+    let endpoints = (0..HOSTS).map(|number| endpoint(number, 1 + number % 2 * 99, HealthStatus::Healthy)).collect();
+    let groups = vec![LocalityEndpoints { endpoints, ..LocalityEndpoints::default() }];
+    let lb_policy = LbPolicy::LeastRequest(LeastRequest::default());
+    clusters.upsert(ClusterConfig { endpoints: groups, lb_policy, ..cluster("a") });
+    let mine = WorkerClusters::new(clusters, 0).get("a").unwrap();
+    for host in mine.cluster.hosts().hosts.iter().filter(|host| host.weight == 100) {
+        let host = mine.host_at(host.display()).unwrap();
+        (0..5).for_each(|_| host.begin_request());
+    }
+    let picks = (0..10 * HOSTS).map(|_| mine.pick(&PickCx::default()).unwrap());
+    let light = picks.filter(|mine| mine.host.weight == 1).count();
+    // By weight alone one of a hundred, and twice that where the better one of two is light. By Envoy's arithmetic, in which a light host is
+    // worth 1 and a heavy one 100 / 6, it would be one of eighteen.
+    assert!((1..HOSTS as usize / 2).contains(&light), "{light} of {}", 10 * HOSTS);
+}
+
 /// Each second host has three times the weight of the others, and so many picks more or less than its share. Returns what a worker keeps
 /// for each host, in bytes.
 fn heavy_hosts_get_their_share(lb_policy: LbPolicy, chance: u32) -> usize {

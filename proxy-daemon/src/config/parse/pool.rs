@@ -13,6 +13,7 @@ pub(super) fn pool(cluster: &Cluster, common: &HttpProtocolOptions, path: &str) 
     let lb = cluster.common_lb_config.as_ref();
     Ok(PoolOptions {
         max_connection_duration: limit(common.max_connection_duration, None, path, "max_connection_duration")?,
+        duration_jitter: common.max_connection_duration_jitter.map_or(0.0, |jitter| jitter.value / 100.0),
         closes_failed: cluster.close_connections_on_host_health_failure,
         drains_on_change: lb.is_some_and(|config| config.close_connections_on_host_set_change),
         preconnect: ratio.filter(|ratio| *ratio > 1.0),

@@ -269,7 +269,8 @@ impl Connection {
                 self.resets.open.set(true);
                 let sent = stream.connection.client.send(request, interim).await.map_err(|error| match error {
                     h2::SendError::Unsent(request, error) => {
-                        Reset { request: Some(request), reason: h2_reason(&error) }
+                        let reason = error.as_ref().map_or(ResetReason::Closed, h2_reason);
+                        Reset { request: Some(request), reason }
                     }
                     h2::SendError::Reset(error) => Reset { request: None, reason: h2_reason(&error) },
                     // As if the host had reset it, as in Envoy.
@@ -289,7 +290,8 @@ impl Connection {
             }
             // It died in the pool: another one is tried.
             Err(reset) if reset.request.is_some() && self.reused => {}
-            Err(Reset { reason: ResetReason::GoneAway, .. }) => host.pool.set_loses(),
+            // Whoever has sent it knows whether it is moved.
+            Err(Reset { reason: ResetReason::GoneAway, .. }) => {}
             Err(_) => host.saw(Seen::ConnectFailed),
         }
         sent
@@ -319,6 +321,7 @@ impl Connection {
             connection.idle_since.set(Some(clock::now()));
             home.idle.borrow_mut().push(Rc::clone(connection));
             home.hand_out();
+            home.rest();
         }
     }
 

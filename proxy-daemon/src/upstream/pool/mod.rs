@@ -21,7 +21,7 @@ pub use lent::{Connection, Reset, ResetReason};
 pub(crate) use opened::Decrement;
 
 use self::{
-    counted::Counted,
+    counted::{Counted, Resting},
     lent::{Sender, Stream},
     opened::{Http1Connection, Http2Connection},
     waiting::Waiting,
@@ -121,11 +121,11 @@ impl Equivalent<Key> for KeyRef<'_> {
 pub struct Pool {
     direct: [OnceCell<Rc<SourcePool>>; WAYS],
     by_key: RefCell<hashbrown::HashMap<Key, Rc<SourcePool>, RandomState>>,
+    /// Those of them that make room for others.
+    resting: Rc<Resting>,
     retired: Cell<bool>,
     /// The last connect has failed, and nobody has asked.
     failed: Cell<bool>,
-    /// The host has gone away from requests that it has not looked at.
-    loses: Cell<bool>,
     /// Connections of earlier ages are not used again.
     age: Cell<u32>,
     /// How often what a TCP proxy has was to end.
@@ -150,6 +150,8 @@ struct SourcePool {
     open: Cell<u32>,
     /// Where it is one of those that there may be only so many of.
     counted: RefCell<Option<Counted>>,
+    /// Its host has been told that no request uses it.
+    rests: Cell<bool>,
     /// For how many requests there will be room when the connects that are under way are through.
     coming: Cell<u64>,
     /// Requests that have a connection, or wait for one: counted where the cluster has connections to spare.
@@ -202,15 +204,6 @@ impl Pool {
     /// Whether the last connect has failed; asked once for each failure.
     pub(super) fn take_failure(&self) -> bool {
         self.failed.take()
-    }
-
-    fn set_loses(&self) {
-        self.loses.set(true);
-    }
-
-    /// Whether connections have ended with requests on them that the host had not looked at: they can be sent again.
-    pub fn loses(&self) -> bool {
-        self.loses.get()
     }
 
     /// Nothing idle is kept from now on.
@@ -394,6 +387,7 @@ impl SourcePool {
             self.http2.borrow_mut().push(Rc::clone(connection));
         }
         self.hand_out();
+        self.rest();
     }
 
     fn unlist(&self, connection: &Rc<Http2Connection>) {

@@ -222,7 +222,7 @@ impl WorkerHost {
         });
         let (watched, client) = (Rc::downgrade(&connection), Rc::downgrade(&connection.client));
         let (limit, stats) = (cluster.cluster.config.idle_timeout, Arc::clone(&cluster.cluster.stats));
-        let life = cluster.cluster.config.pool.max_connection_duration;
+        let life = cluster.cluster.config.pool.lifetime();
         let home = Rc::downgrade(pool);
         // It only sleeps while the connection is in use.
         tokio::task::spawn_local(async move {
@@ -273,7 +273,7 @@ impl WorkerHost {
         });
         let (watched, home) = (Rc::downgrade(&connection), Rc::downgrade(pool));
         let limit = cluster.cluster.config.idle_timeout;
-        let life = cluster.cluster.config.pool.max_connection_duration;
+        let life = cluster.cluster.config.pool.lifetime();
         tokio::task::spawn_local(async move {
             let idle = idle_watch(limit, || watched.upgrade().map(|connection| connection.idle_since.get()));
             let mut driver = pin!(driver);

@@ -118,7 +118,8 @@ impl WorkerHost {
             let Some(host) = need.cluster.choose_ahead() else { return };
             let pool = host.pool.of(need);
             let is_short = need.spares(&pool) && wants_more(pool.demand.get(), pool.open.get(), *ratio);
-            if !is_short || host.host.standing() != Standing::Healthy || !host.connect_one(need, &pool) {
+            let is_well = is_short && host.host.standing() == Standing::Healthy;
+            if !is_well || host.admit(need, &pool).is_err() || !host.connect_one(need, &pool) {
                 return;
             }
         }

@@ -105,12 +105,13 @@ impl SourcePool {
     }
 
     /// Hands a connection that is in use by nobody to the oldest request that waits; without one it becomes idle.
-    pub(super) fn hand_on(&self, connection: Rc<Http1Connection>, reused: bool) {
+    pub(super) fn hand_on(self: &Rc<Self>, connection: Rc<Http1Connection>, reused: bool) {
         if let Some(hand) = self.waiting.pop() {
             let _ = hand.send(Ok(Ready { sender: Sender::Http1(connection), reused }));
         } else if connection.keeps && !self.is_over.get() && connection.client.park() {
             connection.idle_since.set(Some(Instant::now()));
             self.idle.borrow_mut().push(connection);
+            self.rest();
         }
     }
 

@@ -41,8 +41,8 @@ const KILOBYTES: u32 = 60;
 
 /// Why there is no response.
 pub enum SendError {
-    /// The connection takes no more requests; here it is again.
-    Unsent(Box<Request<Body>>, h2::Error),
+    /// The connection takes no more requests; here it is again, and why, where the crate says that.
+    Unsent(Box<Request<Body>>, Option<h2::Error>),
     /// The stream or the connection broke.
     Reset(h2::Error),
     /// The response has more headers than it may.
@@ -54,6 +54,8 @@ pub struct ClientConnection {
     sender: SendRequest<Piece>,
     outbox: Rc<Outbox>,
     closed: Cell<bool>,
+    /// Nothing can be written on it any more, though its end has not come.
+    deaf: Rc<Cell<bool>>,
     /// How many streams the host takes at a time; `None` before it has said so.
     limit: Cell<Option<usize>>,
     /// The limit is another one than before.
@@ -88,14 +90,16 @@ impl ClientConnection {
         if let Some(size) = options.hpack_table_size {
             builder.header_table_size(size);
         }
+        let deaf = Rc::default();
         let (sender, mut connection): (_, Connection<Scrubbed<LastWords<T>>, Piece>) =
-            builder.handshake(Scrubbed::host(LastWords::new(io), list)).await?;
+            builder.handshake(Scrubbed::host(LastWords::new(io, &deaf), list)).await?;
         let pings = options.keepalive.and_then(|_| connection.ping_pong());
         let mut keepalive = Keepalive::new(options.keepalive, pings);
         let client = Rc::new(ClientConnection {
             sender,
             outbox: Outbox::new(buffer),
             closed: Cell::new(false),
+            deaf,
             limit: Cell::new(None),
             new_limit: Cell::new(false),
             most_headers: most_headers as usize,
@@ -123,7 +127,7 @@ impl ClientConnection {
 
     /// It takes no further requests.
     pub fn is_closed(&self) -> bool {
-        self.closed.get()
+        self.closed.get() || self.deaf.get()
     }
 
     /// Its end has come: nothing is sent on it from now on.
@@ -151,10 +155,11 @@ impl ClientConnection {
         mut interim: impl FnMut(StatusCode, HeaderMap),
     ) -> Result<Response<Incoming>, SendError> {
         let mut sender = match self.sender.clone().ready().await {
+            Ok(_) if self.deaf.get() => return Err(SendError::Unsent(Box::new(request), None)),
             Ok(sender) => sender,
             Err(error) => {
                 self.close();
-                return Err(SendError::Unsent(Box::new(request), error));
+                return Err(SendError::Unsent(Box::new(request), Some(error)));
             }
         };
         let (mut parts, mut body) = request.into_parts();
@@ -219,3 +224,7 @@ impl ClientConnection {
         Ok(Response::from_parts(parts, body))
     }
 }
+
+#[cfg(test)]
+#[path = "client_tests.rs"]
+mod tests;

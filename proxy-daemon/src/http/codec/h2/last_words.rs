@@ -2,8 +2,10 @@
 //! written any more, which the crate would end the connection with.
 
 use std::{
+    cell::Cell,
     io::{self, ErrorKind, IoSlice},
     pin::Pin,
+    rc::Rc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -20,6 +22,11 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub(super) struct LastWords<T> {
     io: T,
     broken: Option<Broken>,
+    /// Something has come.
+    heard: bool,
+    /// Set where nothing can be written any more to a host that has said something: requests that come then need another connection. One
+    /// that has said nothing yet may still say that it does not speak HTTP/2, which is for them to hear.
+    deaf: Rc<Cell<bool>>,
 }
 
 /// Nothing can be written any more.
@@ -30,8 +37,8 @@ struct Broken {
 }
 
 impl<T> LastWords<T> {
-    pub(super) fn new(io: T) -> LastWords<T> {
-        LastWords { io, broken: None }
+    pub(super) fn new(io: T, deaf: &Rc<Cell<bool>>) -> LastWords<T> {
+        LastWords { io, broken: None, heard: false, deaf: Rc::clone(deaf) }
     }
 
     /// What writing came to; where it failed it passes for done, and reading is what tells of it.
@@ -39,6 +46,7 @@ impl<T> LastWords<T> {
         match written {
             Poll::Ready(Err(error)) => {
                 self.broken = Some(Broken { why: error.kind(), until: Box::pin(tokio::time::sleep(PATIENCE)) });
+                self.deaf.set(self.heard);
                 cx.waker().wake_by_ref();
                 Poll::Ready(Ok(done))
             }
@@ -50,7 +58,9 @@ impl<T> LastWords<T> {
 impl<T: AsyncRead + Unpin> AsyncRead for LastWords<T> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        let before = buf.filled().len();
         let read = Pin::new(&mut this.io).poll_read(cx, buf);
+        this.heard |= buf.filled().len() > before;
         match &mut this.broken {
             Some(broken) if read.is_pending() => broken.until.as_mut().poll(cx).map(|()| Err(broken.why.into())),
             _ => read,
@@ -139,13 +149,15 @@ mod tests {
     async fn what_was_said_is_read_when_nothing_can_be_written() {
         let (near, mut far) = tokio::io::duplex(64);
         far.write_all(b"HTTP/1.1 400").await.unwrap();
-        let mut host = LastWords::new(Deaf(near));
+        let deaf = Rc::default();
+        let mut host = LastWords::new(Deaf(near), &deaf);
         host.write_all(b"PRI").await.unwrap();
         host.write_all(b" * HTTP/2.0").await.unwrap();
         host.flush().await.unwrap();
         let mut said = [0; 12];
         host.read_exact(&mut said).await.unwrap();
         assert_eq!(&said, b"HTTP/1.1 400");
+        assert!(!deaf.get(), "whoever waits hears that it does not speak HTTP/2");
         assert_eq!(
             host.read_u8().await.unwrap_err().kind(),
             ErrorKind::ConnectionReset,
@@ -157,7 +169,7 @@ mod tests {
     #[tokio::test]
     async fn the_end_comes_after_what_was_said() {
         let (near, mut far) = tokio::io::duplex(64);
-        let mut host = LastWords::new(near);
+        let mut host = LastWords::new(near, &Rc::default());
         far.write_all(b"no").await.unwrap();
         drop(far);
         host.write_all(b"PRI").await.unwrap();
