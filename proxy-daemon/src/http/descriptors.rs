@@ -1,6 +1,6 @@
 //! The descriptors of a request: what rate limits count it under.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, net::SocketAddr, rc::Rc};
 
 use envoy_types::pb::{
     envoy::r#type::v3::RateLimitUnit,
@@ -10,17 +10,18 @@ use http::HeaderValue;
 use percent_encoding::percent_decode_str;
 
 use super::{
-    node,
+    RouteRef, node,
     redirect::scheme,
     route_match::{authority, header_matches, query_matches},
-    stream::{RequestHead, StreamCx},
+    stream::{Progress, RequestHead, StreamCx},
 };
 use crate::{
-    access_log::{Headers, Record},
+    access_log::{HeaderFormat, Headers, Record},
     config::model::{
         Cidr, HitsAmount, LimitOverride, MatchedHeader, RateLimit, RateLimitAction, RouteAction, VirtualHostRateLimits,
         value_at,
     },
+    upstream::WorkerCluster,
 };
 
 /// The most that a request may count for, as in Envoy.
@@ -35,6 +36,31 @@ pub(super) struct Descriptor {
     pub(super) entries: Entries,
     pub(super) limit: Option<(u32, i32)>,
     pub(super) hits: Option<(u64, bool)>,
+    pub(super) is_told: Option<bool>,
+}
+
+/// When descriptors count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum When {
+    Begin,
+    /// `apply_on_stream_done`
+    Done,
+    /// At once, whatever that says.
+    Any,
+}
+
+/// What descriptors are made of besides the request's head.
+#[derive(Clone, Copy)]
+pub(super) struct Basis<'a> {
+    pub(super) when: When,
+    pub(super) stage: u32,
+    pub(super) route: Option<&'a RouteRef>,
+    pub(super) cluster: Option<&'a Rc<WorkerCluster>>,
+    /// The client's address.
+    pub(super) remote: SocketAddr,
+    pub(super) progress: &'a Progress,
+    /// What a format makes of the request.
+    pub(super) format: &'a dyn Fn(&HeaderFormat, &mut RequestHead) -> Vec<u8>,
 }
 
 /// What one action makes of a request.
@@ -46,20 +72,38 @@ enum Entry {
     None,
 }
 
-/// Of a request that is forwarded: by `own` where there are any, otherwise by its route, and by its virtual host as `of_host` says.
-pub(super) fn of_request(
-    own: &[RateLimit],
-    stage: u32,
+impl Basis<'_> {
+    /// Has something done with what there is of a request before it is forwarded.
+    fn of<T>(cx: &StreamCx, stage: u32, when: When, make: impl FnOnce(&Basis<'_>) -> T) -> T {
+        let format = |format: &HeaderFormat, head: &mut RequestHead| {
+            let mut text = Vec::new();
+            cx.format_request(head, |headers, record| {
+                text = format.bytes(&Record { missing: "", request_headers: Some(Headers::All(headers)), ..*record });
+            });
+            text
+        };
+        make(&Basis {
+            when,
+            stage,
+            route: cx.route.as_ref(),
+            cluster: cx.cluster.as_ref(),
+            remote: cx.remote,
+            progress: &cx.progress,
+            format: &format,
+        })
+    }
+}
+
+/// What a request is counted by: `own` where there are any, otherwise what its route says, and what its virtual host says as `of_host` has it.
+fn limits_of<'a>(
+    own: &'a [RateLimit],
     of_host: VirtualHostRateLimits,
-    head: &mut RequestHead,
-    cx: &StreamCx,
-) -> Vec<Descriptor> {
-    let mut found = Vec::new();
-    let Some(route) = &cx.route else { return found };
-    let RouteAction::Forward(action) = &route.action else { return found };
+    route: Option<&'a RouteRef>,
+) -> [&'a [RateLimit]; 2] {
+    let Some(route) = route else { return Default::default() };
+    let RouteAction::Forward(action) = &route.action else { return Default::default() };
     if !own.is_empty() {
-        find(&mut found, own, stage, head, cx);
-        return found;
+        return [own, &[]];
     }
     let of_host = if action.include_vh_rate_limits { VirtualHostRateLimits::Include } else { of_host };
     let host: &[RateLimit] = match of_host {
@@ -67,20 +111,54 @@ pub(super) fn of_request(
         VirtualHostRateLimits::Override if action.rate_limits.is_empty() => &route.virtual_host().rate_limits,
         VirtualHostRateLimits::Override | VirtualHostRateLimits::Ignore => &[],
     };
-    find(&mut found, &action.rate_limits, stage, head, cx);
-    find(&mut found, host, stage, head, cx);
+    [&action.rate_limits, host]
+}
+
+/// Of a request that is forwarded.
+pub(super) fn of_request(
+    own: &[RateLimit],
+    (stage, when): (u32, When),
+    of_host: VirtualHostRateLimits,
+    head: &mut RequestHead,
+    cx: &StreamCx,
+) -> Vec<Descriptor> {
+    Basis::of(cx, stage, when, |basis| of_basis(own, of_host, head, basis))
+}
+
+/// The same, of whatever there is of it.
+pub(super) fn of_basis(
+    own: &[RateLimit],
+    of_host: VirtualHostRateLimits,
+    head: &mut RequestHead,
+    basis: &Basis<'_>,
+) -> Vec<Descriptor> {
+    let mut found = Vec::new();
+    for limits in limits_of(own, of_host, basis.route) {
+        find(&mut found, limits, head, basis);
+    }
     found
+}
+
+/// Whether there may be some when the request is over.
+pub(super) fn has_done(
+    own: &[RateLimit],
+    stage: u32,
+    of_host: VirtualHostRateLimits,
+    route: Option<&RouteRef>,
+) -> bool {
+    limits_of(own, of_host, route).into_iter().flatten().any(|limit| limit.on_done && limit.stage == stage)
 }
 
 /// Of any request, by `own`.
 pub(super) fn of_own(own: &[RateLimit], stage: u32, head: &mut RequestHead, cx: &StreamCx) -> Vec<Descriptor> {
     let mut found = Vec::new();
-    find(&mut found, own, stage, head, cx);
+    Basis::of(cx, stage, When::Begin, |basis| find(&mut found, own, head, basis));
     found
 }
 
-fn find(found: &mut Vec<Descriptor>, limits: &[RateLimit], stage: u32, head: &mut RequestHead, cx: &StreamCx) {
-    let wanted = limits.iter().filter(|limit| limit.stage == stage);
+fn find(found: &mut Vec<Descriptor>, limits: &[RateLimit], head: &mut RequestHead, cx: &Basis<'_>) {
+    let counts = |limit: &RateLimit| cx.when == When::Any || limit.on_done == (cx.when == When::Done);
+    let wanted = limits.iter().filter(|limit| limit.stage == cx.stage && counts(limit));
     for limit in wanted.filter(|limit| limit.enabled.as_ref().is_none_or(|share| share.includes(fastrand::u64(..)))) {
         let Some(entries) = entries(&limit.actions, head, cx).filter(|entries| !entries.is_empty()) else { continue };
         let hits = match &limit.hits {
@@ -91,12 +169,12 @@ fn find(found: &mut Vec<Descriptor>, limits: &[RateLimit], stage: u32, head: &mu
             },
         };
         let overridden = limit.limit.as_ref().and_then(|limit| overridden(limit, cx));
-        found.push(Descriptor { entries, limit: overridden, hits });
+        found.push(Descriptor { entries, limit: overridden, hits, is_told: limit.is_told });
     }
 }
 
 /// `None` where an action has nothing to say.
-fn entries(actions: &[RateLimitAction], head: &RequestHead, cx: &StreamCx) -> Option<Entries> {
+fn entries(actions: &[RateLimitAction], head: &RequestHead, cx: &Basis<'_>) -> Option<Entries> {
     let mut entries = Vec::with_capacity(actions.len());
     for action in actions {
         match entry(action, head, cx) {
@@ -109,21 +187,18 @@ fn entries(actions: &[RateLimitAction], head: &RequestHead, cx: &StreamCx) -> Op
 }
 
 /// What a request counts for; `None`: that is no number, or too large.
-fn amount(amount: &HitsAmount, head: &mut RequestHead, cx: &StreamCx) -> Option<u64> {
+fn amount(amount: &HitsAmount, head: &mut RequestHead, cx: &Basis<'_>) -> Option<u64> {
     let format = match amount {
         HitsAmount::Fixed(amount) => return Some(*amount),
         HitsAmount::Format(format) => format,
     };
-    let mut text = Vec::new();
-    cx.format_request(head, |headers, record| {
-        text = format.bytes(&Record { missing: "", request_headers: Some(Headers::All(headers)), ..*record });
-    });
+    let text = (cx.format)(format, head);
     let number: f64 = std::str::from_utf8(&text).ok()?.trim().parse().ok()?;
     (0.0..=MOST_HITS).contains(&number).then_some(number as u64)
 }
 
 /// The limit that is to be in the place of the service's.
-fn overridden(limit: &LimitOverride, cx: &StreamCx) -> Option<(u32, i32)> {
+fn overridden(limit: &LimitOverride, cx: &Basis<'_>) -> Option<(u32, i32)> {
     let (namespace, path) = match limit {
         LimitOverride::Fixed(requests, unit) => return Some((*requests, *unit)),
         LimitOverride::Metadata { namespace, path } => (namespace, path),
@@ -142,7 +217,7 @@ fn overridden(limit: &LimitOverride, cx: &StreamCx) -> Option<(u32, i32)> {
     }
 }
 
-fn entry(action: &RateLimitAction, head: &RequestHead, cx: &StreamCx) -> Entry {
+fn entry(action: &RateLimitAction, head: &RequestHead, cx: &Basis<'_>) -> Entry {
     let absent = |skip_if_absent: &bool| if *skip_if_absent { Entry::Skipped } else { Entry::None };
     let if_so = |holds: bool, key: &str, value: &str| {
         if holds { Entry::Some(key.into(), value.into()) } else { Entry::None }
@@ -152,7 +227,7 @@ fn entry(action: &RateLimitAction, head: &RequestHead, cx: &StreamCx) -> Entry {
             let cluster = node::this().and_then(|node| node.cluster.to_str().ok()).unwrap_or_default();
             Entry::Some("source_cluster".into(), cluster.into())
         }
-        RateLimitAction::DestinationCluster => match &cx.cluster {
+        RateLimitAction::DestinationCluster => match cx.cluster {
             Some(cluster) => Entry::Some("destination_cluster".into(), (*cluster.cluster.config.name).into()),
             None => Entry::None,
         },
@@ -193,7 +268,7 @@ fn entry(action: &RateLimitAction, head: &RequestHead, cx: &StreamCx) -> Entry {
         }
         RateLimitAction::Metadata { of_route, key, namespace, path, default, skip_if_absent } => {
             let told = if *of_route {
-                let metadata = cx.route.as_ref().and_then(|route| route.metadata.as_deref());
+                let metadata = cx.route.and_then(|route| route.metadata.as_deref());
                 text_at(metadata.and_then(|metadata| metadata.namespace(namespace)), path)
             } else {
                 let metadata = cx.progress.metadata.borrow();

@@ -23,7 +23,7 @@ fn limit(name: &'static str, more: &str, requests: &[&str]) -> Case {
 }
 
 pub fn cases() -> Vec<Case> {
-    [answers(), failures(), settings(), actions(), levels(), local()].concat()
+    [answers(), failures(), settings(), actions(), levels(), done(), told(), local()].concat()
 }
 
 const OVER: &str = "GET /\nx-answer: {\"overall_code\": \"OVER_LIMIT\"}";
@@ -98,6 +98,11 @@ fn settings() -> Vec<Case> {
             "a time to try again, and one of the filter's",
             ", enable_retry_after_header: true, response_headers_to_add: [{header: {key: retry-after, value: '5'}}]",
             &again()[..1],
+        ),
+        limit(
+            "metadata elsewhere",
+            ", metadata_namespace: ns",
+            &["GET /\nx-answer: {\"overall_code\": \"OK\", \"dynamic_metadata\": {\"k\": \"v\"}}"],
         ),
         limit("external requests", ", request_type: external", &[OVER]),
         limit("internal requests", ", request_type: internal", &[OVER]),
@@ -220,6 +225,88 @@ fn levels() -> Vec<Case> {
             PER_ROUTE,
             &format!("domain: other, {}", limits(", {generic_key: {descriptor_value: told}}")),
         ),
+    ]
+}
+
+/// Limits that count when the request is over.
+fn done() -> Vec<Case> {
+    let of = |more: &str, fields: &str| format!("{{actions: [{KNOWN}{more}], {fields}}}");
+    let begin = of(", {generic_key: {descriptor_value: begin}}", "");
+    let end = of(", {generic_key: {descriptor_value: end}}", "apply_on_stream_done: true");
+    let both = format!("rate_limits: [{begin}, {end}]");
+    let told = "{metadata: {descriptor_key: m, metadata_key: {key: envoy.filters.http.ratelimit, path: [{key: k}]}, skip_if_absent: true}}";
+    let counted = |format: &str| {
+        let hits = format!("apply_on_stream_done: true, hits_addend: {{format: '{format}'}}");
+        format!("rate_limits: [{begin}, {}]", of(&format!(", {told}"), &hits))
+    };
+    let all =
+        ["GET /", OVER, "POST /\nx-do: 503\n\nsome body", "GET /\nx-answer: status 14", "GET /direct", "GET /plain"];
+    let answered =
+        ["GET /\nx-do: 201\nx-answer: {\"overall_code\": \"OK\", \"dynamic_metadata\": {\"k\": \"v\"}}", "GET /"];
+    let level = |name, requests: &[&str]| case(name, RATELIMIT, SERVICE, requests);
+    vec![
+        level("at the end", &all).of_routes("", &both).shown(&[2, 2, 2, 2, 0, 0]),
+        level("only at the end", &all[..3]).of_routes("", &format!("rate_limits: [{end}]")).shown(&[1, 1, 1]),
+        level("at the end, of the host", &all[..2])
+            .of_routes(&both, &format!("rate_limits: [{end}], include_vh_rate_limits: true"))
+            .shown(&[2, 2]),
+        level("at the end, by the host alone", &all[..1])
+            .of_routes(&both, &format!("rate_limits: [{end}]"))
+            .shown(&[1]),
+        level("at the end, by route", &answered)
+            .told(By::Route, PER_ROUTE, &format!("domain: other, {}", counted("%RESPONSE_CODE%")))
+            .shown(&[2, 2]),
+        level("bytes at the end, by route", &["POST /\nx-do: 200+bytes=12\n\nsome body"])
+            .told(By::Route, PER_ROUTE, &counted("%BYTES_SENT%"))
+            .shown(&[2]),
+        level("headers at the end, by route", &["GET /\nx-hits: 7", "GET /"])
+            .told(By::Route, PER_ROUTE, &counted("%REQ(x-hits)%"))
+            .shown(&[2, 1]),
+        case("at the end, of internal requests", RATELIMIT, &format!("{SERVICE}, request_type: internal"), &all[..1])
+            .of_routes("", &both),
+        case(
+            "at the end, not enabled",
+            RATELIMIT,
+            &format!("{SERVICE}, filter_enabled: {{default_value: {{numerator: 0}}}}"),
+            &all[..1],
+        )
+        .of_routes("", &both),
+        case("at the end, of another stage", RATELIMIT, &format!("{SERVICE}, stage: 1"), &all[..1])
+            .of_routes("", &both),
+        case("at the end, of the filter", RATELIMIT, &format!("{SERVICE}, {both}"), &all[..2]).shown(&[2, 2]),
+    ]
+}
+
+/// Which limits responses tell of.
+fn told() -> Vec<Case> {
+    let of = |value: &str, option: &str| {
+        format!("{{actions: [{KNOWN}, {{generic_key: {{descriptor_value: {value}}}}}], x_ratelimit_option: {option}}}")
+    };
+    let limits = |options: [&str; 2]| format!("rate_limits: [{}, {}]", of("a", options[0]), of("b", options[1]));
+    let status = |requests: u32, left: u32| {
+        format!(
+            r#"{{"code": "OK", "current_limit": {{"requests_per_unit": {requests}, "unit": "HOUR"}}, "limit_remaining": {left}}}"#
+        )
+    };
+    let answer = |statuses: &[String]| {
+        format!("GET /\nx-answer: {{\"overall_code\": \"OK\", \"statuses\": [{}]}}", statuses.join(", "))
+    };
+    let requests = [
+        answer(&[status(5, 1), status(9, 2)]),
+        answer(&[status(5, 3), status(9, 2)]),
+        answer(&[status(5, 3)]),
+        answer(&[status(5, 3), status(9, 2), status(1, 1)]),
+    ];
+    let requests = requests.each_ref().map(String::as_str);
+    let on = ", enable_x_ratelimit_headers: DRAFT_VERSION_03";
+    let case = |name, more: &str, options| {
+        case(name, RATELIMIT, &format!("{SERVICE}{more}"), &requests).of_routes("", &limits(options))
+    };
+    vec![
+        case("one is told", "", ["DRAFT_VERSION_03", "\"OFF\""]),
+        case("one is told, the other as usual", "", ["UNSPECIFIED", "DRAFT_VERSION_03"]),
+        case("one is not told", on, ["\"OFF\"", "UNSPECIFIED"]),
+        case("none is told", on, ["\"OFF\"", "\"OFF\""]),
     ]
 }
 
@@ -359,6 +446,20 @@ fn local() -> Vec<Case> {
             ),
             &hits,
         ),
+        // Of which descriptors responses tell.
+        case(
+            "local descriptors that are told",
+            LOCAL,
+            &format!("{}, {descriptors}", on.replace("enable_x_ratelimit_headers: DRAFT_VERSION_03, ", "")),
+            &requests,
+        )
+        .of_routes("", &limits.replacen("]}", "], x_ratelimit_option: DRAFT_VERSION_03}", 1)),
+        case("local descriptors that are not told", LOCAL, &format!("{on}, {descriptors}"), &requests)
+            .of_routes("", &limits.replacen("]}", "], x_ratelimit_option: \"OFF\"}", 1)),
+        case("local descriptors of the filter that are not told", LOCAL, &format!("{on}, {descriptors}, {}", limits.replacen("]}", "], x_ratelimit_option: \"OFF\"}", 1)), &requests),
+        case("local descriptors at the end", LOCAL, &format!("{on}, {descriptors}"), &requests)
+            .of_routes("", &limits.replacen("]}", "], apply_on_stream_done: true}", 1)),
+        case("local descriptors of the filter at the end", LOCAL, &format!("{on}, {descriptors}, {}", limits.replacen("]}", "], apply_on_stream_done: true}", 1)), &requests),
         case(
             "a number of local hits",
             LOCAL,

@@ -16,6 +16,10 @@ pub struct RateLimit {
     pub limit: Option<LimitOverride>,
     /// `hits_addend`: what the request counts for.
     pub hits: Option<Hits>,
+    /// `apply_on_stream_done`: it counts when the request is over.
+    pub on_done: bool,
+    /// `x_ratelimit_option`: whether responses tell of it; `None`: as the filter says.
+    pub is_told: Option<bool>,
 }
 
 /// `RateLimit.HitsAddend`.

@@ -5,7 +5,7 @@ use envoy_types::pb::{
         config::route::v3::{
             HeaderMatcher as ProtoHeader, QueryParameterMatcher as ProtoQuery, RateLimit as ProtoLimit,
             rate_limit::{
-                Action, HitsAddend, Override,
+                Action, HitsAddend, Override, XRateLimitOption,
                 action::{ActionSpecifier, MetaData, meta_data::Source},
                 r#override::OverrideSpecifier,
             },
@@ -75,6 +75,12 @@ fn rate_limit(limit: &ProtoLimit, path: &str) -> Result<RateLimit> {
             }
         },
         hits: hits.flatten(),
+        on_done: limit.apply_on_stream_done,
+        is_told: match XRateLimitOption::try_from(limit.x_ratelimit_option) {
+            Ok(XRateLimitOption::Off) => Some(false),
+            Ok(XRateLimitOption::DraftVersion03) => Some(true),
+            Ok(XRateLimitOption::Unspecified) | Err(_) => None,
+        },
     })
 }
 

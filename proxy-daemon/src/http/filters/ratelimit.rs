@@ -6,7 +6,7 @@
 //!
 //! **Limits.** An answer has at most 4 MiB (or `max_receive_message_length`), and of each list of headers the first 1000 are added.
 
-use std::{fmt::Write as _, sync::Arc, time::Duration};
+use std::{fmt::Write as _, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use culvert_xds_client::json::unpack;
@@ -34,7 +34,7 @@ use super::{
     shared::{Kept, Shared},
 };
 use crate::{
-    access_log::{Headers, Record, ResponseFlags},
+    access_log::{HeaderFormat, Headers, Record, ResponseFlags},
     config::{
         FieldError,
         model::{HeaderMutations, RateLimit, VirtualHostRateLimits},
@@ -42,17 +42,19 @@ use crate::{
     },
     http::{
         body::Body,
-        call::grpc,
+        call::{self, grpc},
         changes::{Action, Change, list},
-        descriptors::{self, Descriptor},
+        descriptors::{self, Basis, Descriptor, When},
         headers::{mutate_response, names::X_ENVOY_RATELIMITED},
-        metadata,
+        metadata, protocol_name,
+        redirect::scheme,
+        route_match::authority,
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
     },
     layered_runtime::{Fraction, Key, RuntimeFraction},
 };
 
-/// Where its dynamic metadata is.
+/// Where its dynamic metadata is, unless another namespace is configured.
 const NAMESPACE: &str = "envoy.filters.http.ratelimit";
 const METHOD: &str = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit";
 /// gRPC's RESOURCE_EXHAUSTED.
@@ -80,7 +82,9 @@ struct Configured {
     /// `enable_retry_after_header`
     says_when: bool,
     response_headers: HeaderMutations,
-    own: Box<[RateLimit]>,
+    own: Arc<[RateLimit]>,
+    /// Where the service's metadata goes.
+    namespace: Box<str>,
     names: Names,
 }
 
@@ -97,7 +101,7 @@ struct Names {
 #[derive(Debug)]
 struct Told {
     of_host: VirtualHostRateLimits,
-    own: Box<[RateLimit]>,
+    own: Arc<[RateLimit]>,
     domain: Box<str>,
 }
 
@@ -110,6 +114,10 @@ struct RateLimitFilter {
     configured: Kept<Configured>,
     domain: Option<Box<str>>,
     descriptors: Vec<Descriptor>,
+    /// Whether the response tells of these, by their places.
+    told: Vec<Option<bool>>,
+    /// What is asked when the stream is over.
+    done: Option<Box<Done>>,
     /// What the response gets.
     response: Vec<Change>,
 }
@@ -132,17 +140,84 @@ impl HttpFilterFactory for RateLimitFactory {
         let told = route.most_specific::<Told>();
         let own = told.map(|told| &*told.own).filter(|own| !own.is_empty()).unwrap_or(&configured.own);
         let of_host = told.map(|told| told.of_host).unwrap_or_default();
-        let descriptors = descriptors::of_request(own, configured.stage, of_host, head, cx);
+        let descriptors = descriptors::of_request(own, (configured.stage, When::Begin), of_host, head, cx);
+        let domain = told.map(|told| &*told.domain).filter(|domain| !domain.is_empty());
+        let done = descriptors::has_done(own, configured.stage, of_host, cx.route.as_ref()).then(|| {
+            let own = told.map(|told| &told.own).filter(|own| !own.is_empty()).unwrap_or(&configured.own);
+            let domain = domain.unwrap_or(&configured.domain).into();
+            Box::new(Done { configured: configured.keep(), domain, own: Arc::clone(own), of_host })
+        });
         if descriptors.is_empty() {
+            done.into_iter().for_each(|done| done.begin(head, cx));
             return Flow::Continue;
         }
         instances.push(Box::new(RateLimitFilter {
             configured: configured.keep(),
-            domain: told.map(|told| told.domain.clone()).filter(|domain| !domain.is_empty()),
+            domain: domain.map(Into::into),
+            told: descriptors.iter().map(|descriptor| descriptor.is_told).collect(),
             descriptors,
+            done,
             response: Vec::new(),
         }));
         Flow::Wait
+    }
+}
+
+/// What is asked when a stream is over, of limits with `apply_on_stream_done`: what the service says to it is nobody's.
+#[derive(Debug)]
+struct Done {
+    configured: Kept<Configured>,
+    domain: Box<str>,
+    own: Arc<[RateLimit]>,
+    of_host: VirtualHostRateLimits,
+}
+
+impl Done {
+    /// Has it asked at the end, of the request as it is now.
+    fn begin(self: Box<Self>, head: &RequestHead, cx: &StreamCx) {
+        let (mut head, worker, own_address) = (head.clone(), Rc::clone(&cx.worker), call::own_address(cx));
+        let (route, cluster, remote) = (cx.route.clone(), cx.cluster.clone(), cx.remote);
+        let progress = Rc::downgrade(&cx.progress);
+        cx.progress.at_end.add(move |record| {
+            let Some(progress) = progress.upgrade() else { return };
+            let descriptors = {
+                let format = |format: &HeaderFormat, head: &mut RequestHead| {
+                    let record = Record {
+                        missing: "",
+                        method: Some(head.method.as_str()),
+                        path: head.uri.path_and_query().map(|path| path.as_str()),
+                        authority: Some(authority(head)),
+                        scheme: Some(scheme(head)),
+                        protocol: Some(protocol_name(head.version)),
+                        request_headers: Some(Headers::All(&head.headers)),
+                        ..*record
+                    };
+                    format.bytes(&record)
+                };
+                let basis = Basis {
+                    when: When::Done,
+                    stage: self.configured.stage,
+                    route: route.as_ref(),
+                    cluster: cluster.as_ref(),
+                    remote,
+                    progress: &progress,
+                    format: &format,
+                };
+                descriptors::of_basis(&self.own, self.of_host, &mut head, &basis)
+            };
+            // With its runtime a worker ends what it does.
+            if descriptors.is_empty() || tokio::runtime::Handle::try_current().is_err() {
+                return;
+            }
+            let Done { configured, domain, .. } = *self;
+            let descriptors = descriptors.into_iter().map(message).collect();
+            let request = RateLimitRequest { domain: domain.into(), descriptors, hits_addend: 0 };
+            tokio::task::spawn_local(async move {
+                let asked =
+                    configured.service.unary_from::<RateLimitResponse>(METHOD, &request, &worker.clusters, own_address);
+                drop(asked.await);
+            });
+        });
     }
 }
 
@@ -159,10 +234,12 @@ impl HttpFilter for RateLimitFilter {
                 descriptors: std::mem::take(&mut self.descriptors).into_iter().map(message).collect(),
                 hits_addend: 0,
             };
-            match self.configured.service.unary(METHOD, &request, cx).await {
+            let flow = match self.configured.service.unary(METHOD, &request, cx).await {
                 Ok(answer) => self.settle(answer, head, cx),
                 Err(_) => self.failed(cx),
-            }
+            };
+            self.done.take().into_iter().for_each(|done| done.begin(head, cx));
+            flow
         })
     }
 
@@ -209,7 +286,7 @@ impl RateLimitFilter {
     fn settle(&mut self, answer: RateLimitResponse, head: &mut RequestHead, cx: &mut StreamCx) -> Flow {
         let configured = &self.configured;
         if let Some(told) = answer.dynamic_metadata.filter(|told| !told.fields.is_empty()) {
-            cx.progress.with_metadata(|all| metadata::update(all.namespace_mut(NAMESPACE), &told));
+            cx.progress.with_metadata(|all| metadata::update(all.namespace_mut(&configured.namespace), &told));
         }
         let over = answer.overall_code == Code::OverLimit as i32;
         let mut response = added(&answer.response_headers_to_add);
@@ -224,9 +301,9 @@ impl RateLimitFilter {
         } else {
             count(cx, &configured.names.ok);
         }
-        if configured.shows_state {
-            response.extend(state(&answer.statuses));
-        }
+        // There is one for each of them.
+        let is_told = |at: usize| self.told.get(at).copied().flatten().unwrap_or(configured.shows_state);
+        response.extend(state(&answer.statuses, is_told));
         if !(over && configured.enforced.includes(fastrand::u64(..))) {
             for change in added(&answer.request_headers_to_add) {
                 change.apply_to_request(head);
@@ -261,14 +338,18 @@ fn until_reset(statuses: &[DescriptorStatus]) -> Option<u64> {
     Some(u64::try_from(seconds.max()?).unwrap_or_default().max(1))
 }
 
-/// The state of the limit that is the nearest, as `x-ratelimit-*` tell it.
-fn state(statuses: &[DescriptorStatus]) -> Vec<Change> {
+/// The state of the limit that is the nearest, as `x-ratelimit-*` tell it: where that, by its place, is told of.
+fn state(statuses: &[DescriptorStatus], is_told: impl Fn(usize) -> bool) -> Vec<Change> {
     let mut policy = String::new();
-    let mut nearest: Option<(&DescriptorStatus, u32)> = None;
-    for status in statuses.iter().take(MAX_HEADERS) {
+    let mut nearest: Option<(&DescriptorStatus, u32, bool)> = None;
+    for (at, status) in statuses.iter().take(MAX_HEADERS).enumerate() {
         let Some(limit) = &status.current_limit else { continue };
-        if nearest.is_none_or(|(before, _)| status.limit_remaining < before.limit_remaining) {
-            nearest = Some((status, limit.requests_per_unit));
+        let is_told = is_told(at);
+        if nearest.is_none_or(|(before, ..)| status.limit_remaining < before.limit_remaining) {
+            nearest = Some((status, limit.requests_per_unit, is_told));
+        }
+        if !is_told {
+            continue;
         }
         let window = match Unit::try_from(limit.unit) {
             Ok(Unit::Second) => 1,
@@ -286,7 +367,7 @@ fn state(statuses: &[DescriptorStatus]) -> Vec<Change> {
             let _ = write!(policy, ";name=\"{}\"", limit.name);
         }
     }
-    let Some((status, requests)) = nearest else { return Vec::new() };
+    let Some((status, requests, true)) = nearest else { return Vec::new() };
     let reset = status.duration_until_reset.map_or(0, |duration| duration.seconds);
     let headers = [
         ("x-ratelimit-limit", format!("{requests}{policy}")),
@@ -349,7 +430,11 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         says_limited: !config.disable_x_envoy_ratelimited_header,
         says_when: config.enable_retry_after_header && status == StatusCode::TOO_MANY_REQUESTS,
         response_headers: HeaderMutations { response_add, ..HeaderMutations::default() },
-        own: parse::rate_limits(&config.rate_limits, cx.path, "rate_limits")?,
+        own: parse::rate_limits(&config.rate_limits, cx.path, "rate_limits")?.into(),
+        namespace: match config.metadata_namespace.as_str() {
+            "" => NAMESPACE.into(),
+            other => other.into(),
+        },
         names: Names {
             ok: name("ok"),
             error: name("error"),
@@ -363,7 +448,7 @@ pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig
     let RateLimitPerRoute { vh_rate_limits, override_option: _, rate_limits, domain } = unpack(config, path)?;
     Ok(Arc::new(Told {
         of_host: of_host(vh_rate_limits),
-        own: parse::rate_limits(&rate_limits, path, "rate_limits")?,
+        own: parse::rate_limits(&rate_limits, path, "rate_limits")?.into(),
         domain: domain.into(),
     }))
 }
@@ -391,12 +476,18 @@ mod tests {
             ..DescriptorStatus::default()
         };
         let told = |statuses: &[DescriptorStatus]| -> Vec<String> {
-            state(statuses).iter().map(|change| change.value.to_str().unwrap().to_owned()).collect()
+            state(statuses, |at| at != 2).iter().map(|change| change.value.to_str().unwrap().to_owned()).collect()
         };
         assert_eq!(told(&[DescriptorStatus::default()]), [""; 0]);
         assert_eq!(
             told(&[status(10, Unit::Second, 5, ""), status(100, Unit::Week, 2, "a")]),
             ["100, 10;w=1, 100;w=604800;name=\"a\"", "2", "0"]
         );
+        // One that is not to be told of.
+        let far = status(1000, Unit::Hour, 500, "b");
+        let all = [status(10, Unit::Second, 5, ""), status(100, Unit::Week, 2, "a"), far.clone()];
+        assert_eq!(told(&all)[0], "100, 10;w=1, 100;w=604800;name=\"a\"");
+        let nearest = [far.clone(), far, status(10, Unit::Second, 5, "")];
+        assert_eq!(told(&nearest), [""; 0]);
     }
 }

@@ -87,6 +87,8 @@ pub(super) struct Taken<'a> {
     pub(super) shadowed: bool,
     /// The bucket that decided.
     pub(super) bucket: Option<Bucket<'a>>,
+    /// Whether responses tell of that bucket, where a descriptor says so.
+    pub(super) is_told: Option<bool>,
 }
 
 impl Limiter {
@@ -122,28 +124,31 @@ impl Limiter {
         let default = self.of_all.as_ref().map(Held::bucket);
         let counted = |it: &Descriptor| {
             let (bucket, shadow) = self.of_descriptor(&it.entries)?;
-            Some((bucket, shadow, it.hits.map_or(1, |(hits, _)| hits)))
+            Some((bucket, (shadow, it.is_told), it.hits.map_or(1, |(hits, _)| hits)))
         };
         let mut buckets: Vec<_> = descriptors.iter().filter_map(counted).collect();
         // The slowest first, as in Envoy.
         buckets.sort_by_key(|(bucket, ..)| std::cmp::Reverse(bucket.get().per_token()));
         let counts_all = buckets.is_empty() || self.always_default;
         let mut shadowed = None;
-        for (bucket, shadow, hits) in &buckets {
+        for (bucket, (shadow, is_told), hits) in &buckets {
             if !bucket.get().take_all(*hits, now) {
                 if !shadow {
-                    return Taken { allowed: false, shadowed: false, bucket: Some(bucket.clone()) };
+                    let bucket = Some(bucket.clone());
+                    return Taken { allowed: false, shadowed: false, bucket, is_told: *is_told };
                 }
-                shadowed = Some(bucket.clone());
+                shadowed = Some((bucket.clone(), *is_told));
             }
         }
         if let Some(default) = default.as_ref().filter(|_| counts_all)
             && !default.get().take(now)
         {
-            return Taken { allowed: false, shadowed: false, bucket: Some(default.clone()) };
+            return Taken { allowed: false, shadowed: false, bucket: Some(default.clone()), is_told: None };
         }
-        let first = buckets.into_iter().next().map(|(bucket, ..)| bucket);
-        Taken { allowed: true, shadowed: shadowed.is_some(), bucket: shadowed.or(first).or(default) }
+        let first = buckets.into_iter().next().map(|(bucket, (_, is_told), _)| (bucket, is_told));
+        let is_shadow = shadowed.is_some();
+        let (bucket, is_told) = shadowed.or(first).or(default.map(|bucket| (bucket, None))).unzip();
+        Taken { allowed: true, shadowed: is_shadow, bucket, is_told: is_told.flatten() }
     }
 
     fn of_descriptor(&self, descriptor: &Entries) -> Option<(Bucket<'_>, bool)> {

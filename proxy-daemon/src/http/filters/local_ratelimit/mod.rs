@@ -27,7 +27,7 @@ use crate::{
     http::{
         body::Body,
         changes::list,
-        descriptors::{self, Descriptor, Entries},
+        descriptors::{self, Descriptor, Entries, When},
         headers::{mutate_request, mutate_response},
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
     },
@@ -93,7 +93,8 @@ impl Configured {
     fn descriptors(&self, limiter: &Limiter, head: &mut RequestHead, cx: &StreamCx) -> Vec<Descriptor> {
         match (limiter.has_descriptors(), &*self.own) {
             (false, _) => Vec::new(),
-            (true, []) => descriptors::of_request(&[], self.stage, self.of_host, head, cx),
+            // As in Envoy, those of routes count at once.
+            (true, []) => descriptors::of_request(&[], (self.stage, When::Any), self.of_host, head, cx),
             (true, own) => descriptors::of_own(own, self.stage, head, cx),
         }
     }
@@ -169,7 +170,7 @@ impl HttpFilterFactory for LocalRateLimitFactory {
         };
         let descriptors = configured.descriptors(limiter, head, cx);
         let taken = limiter.take(&descriptors, now);
-        if let Some(bucket) = taken.bucket.as_ref().filter(|_| configured.shows_bucket) {
+        if let Some(bucket) = taken.bucket.as_ref().filter(|_| taken.is_told.unwrap_or(configured.shows_bucket)) {
             instances.push(Box::new(LocalRateLimitFilter(bucket.keep())));
         }
         configured.decide(&taken, now, head, cx)
