@@ -6,9 +6,9 @@ use std::io::{BufReader, Read as _, Write as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use culvert_tests::bootstrap::Bootstrap;
-use culvert_tests::daemon::{Daemon, Kind, fetch, free_port, scratch_dir};
+use culvert_tests::daemon::{Daemon, Kind, fetch, fetch_raw, free_port, scratch_dir};
 use culvert_tests::http1::Request;
 use culvert_tests::{server, wait_until};
 
@@ -327,5 +327,87 @@ fn what_is_tracked_only_where_somebody_asks() -> Result<()> {
     };
     let (ours, theirs) = (told(Kind::Culvert)?, told(Kind::Envoy)?);
     ensure!(ours == theirs, "culvertd: {ours:#?}\nEnvoy: {theirs:#?}");
+    Ok(())
+}
+
+/// How large messages are, of each attempt, as Envoy counts it.
+#[test]
+fn sizes_are_told_where_somebody_asks() -> Result<()> {
+    let host = server::start(|mut stream| {
+        let mut requests = BufReader::new(stream.try_clone()?);
+        while let Some(request) = Request::read(&mut requests)? {
+            let answer = match request.target.rsplit('/').next().unwrap_or_default() {
+                "none" => "HTTP/1.1 204 No Content\r\nx-a: b\r\n\r\n",
+                "chunks" => {
+                    "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n"
+                }
+                "fails" => "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 2\r\n\r\nno",
+                "last" => "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok",
+                _ => "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nset-cookie: a=b\r\nset-cookie: c=d\r\n\r\nok",
+            };
+            stream.write_all(answer.as_bytes())?;
+            if answer.contains("close") {
+                return Ok(());
+            }
+        }
+        Ok(())
+    })?;
+    let routes = "- {name: all, domains: ['*'], include_request_attempt_count: true, routes: [{match: {prefix: /dead}, route: {cluster: \
+                  dead}}, {match: {prefix: /again}, route: {cluster: again, retry_policy: {retry_on: 5xx, num_retries: 2}}}, {match: {prefix: \
+                  /other}, route: {cluster: other}}, {match: {prefix: /}, route: {cluster: app}}]}";
+    let told = |kind: Kind| -> Result<Vec<String>> {
+        let web = free_port()?;
+        let tracked = "track_cluster_stats: {request_response_sizes: true}";
+        let bootstrap = Bootstrap::new()
+            .http(web, routes, &[])
+            .cluster("app", &[host], &[tracked])
+            .cluster("again", &[host], &[tracked])
+            .cluster("dead", &[1], &[tracked])
+            .cluster("other", &[host], &[]);
+        let daemon = Daemon::start(kind, &bootstrap.yaml())?;
+        let chunks = "transfer-encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n";
+        let length = "content-length: 4\r\nx-b: \r\n\r\nbody";
+        for (line, rest) in [
+            ("GET /plain", "x-a: 1\r\nx-a: 2\r\n\r\n"),
+            ("GET /none?a=b", "\r\n"),
+            ("HEAD /plain", "\r\n"),
+            ("POST /chunks", chunks),
+            ("POST /last", length),
+            ("POST /fails", length),
+            ("POST /again/fails", length),
+            ("POST /dead", length),
+            ("GET /other", "\r\n"),
+        ] {
+            let request = format!("{line} HTTP/1.1\r\nhost: sizes.test\r\nuser-agent: test\r\n{rest}");
+            fetch_raw(web, request.as_bytes(), line.split(' ').next().unwrap_or_default())?;
+        }
+        let mut told = Vec::new();
+        wait_until(DEADLINE, "the statistics", || {
+            let text = daemon.admin("/stats/prometheus")?;
+            told = ["rq_headers", "rq_body", "rs_headers", "rs_body"]
+                .iter()
+                .flat_map(|what| lines(&text, &format!("envoy_cluster_upstream_{what}_")))
+                .filter(|line| line.contains("_sum{") || line.contains("_count{"))
+                .collect();
+            told.sort();
+            // Those of six requests to the first cluster.
+            let all = "envoy_cluster_upstream_rq_headers_size_count{envoy_cluster_name=\"app\"} 6";
+            ensure!(told.iter().any(|line| line == all), "{kind:?}: {told:#?}");
+            Ok(())
+        })?;
+        Ok(told)
+    };
+    let (ours, theirs) = (told(Kind::Culvert)?, told(Kind::Envoy)?);
+    let value = |line: &str| -> Result<(String, f64)> {
+        let (name, value) = line.rsplit_once(' ').context("no value")?;
+        Ok((name.to_owned(), value.parse()?))
+    };
+    ensure!(ours.len() == theirs.len(), "culvertd: {ours:#?}\nEnvoy: {theirs:#?}");
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        let ((name, our), (other, their)) = (value(ours)?, value(theirs)?);
+        // Envoy's sums are those of what its buckets stand for.
+        let is_near = (our - their).abs() <= if name.contains("_sum{") { their * 0.07 } else { 0.0 };
+        ensure!(name == other && is_near, "culvertd: {ours}\nEnvoy: {theirs}");
+    }
     Ok(())
 }

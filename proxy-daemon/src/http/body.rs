@@ -19,6 +19,8 @@ pub trait Observer: Unpin {
     fn data(&mut self, bytes: usize);
     /// Polled while no frame is there; an error ends the body (a time limit).
     fn idle(&mut self, cx: &mut Context<'_>) -> Poll<BodyError>;
+    /// What came last waits for the other side, and nothing more is read. It may be told so again before anything passes.
+    fn held(&mut self);
     /// The last frame passed.
     fn end(&mut self, trailers: Option<&http::HeaderMap>);
     /// The body broke off.
@@ -64,11 +66,20 @@ impl Body {
     /// Ready when a limit of time has passed while what came last waits for the other side to take it, where nobody polls for more: the
     /// body is broken off then. What filters have made of a body knows no limits.
     pub(super) fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
+        self.hold();
         let Body::Observed(_, observer) = self else { return Poll::Pending };
         observer.idle(cx).map(|error| {
             observer.error(&error);
             error
         })
+    }
+
+    /// Nothing more is read of it for now: the other side takes no more. Nobody is told where filters have made something of it, or where it
+    /// is kept to be sent again.
+    pub(super) fn hold(&mut self) {
+        if let Body::Observed(_, observer) = self {
+            observer.held();
+        }
     }
 
     /// Puts `wrap` around what is here.

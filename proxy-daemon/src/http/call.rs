@@ -99,7 +99,7 @@ pub(super) fn mark(head: &mut RequestHead, cx: &StreamCx) {
 }
 
 /// This node's address, as those are told it that a stream's calls go to.
-fn own_address(cx: &StreamCx) -> IpAddr {
+pub(super) fn own_address(cx: &StreamCx) -> IpAddr {
     cx.connection.node_ip.unwrap_or_else(|| cx.connection.local.ip())
 }
 
@@ -121,19 +121,19 @@ pub(super) async fn send(
     head: RequestHead,
     body: Body,
 ) -> Result<Answer, Failure> {
-    send_to(cluster, source, None, head, body).await
+    send_to(cluster, source, (None, None), head, body).await
 }
 
-/// The same, to a host whose metadata says this.
+/// The same, to a host whose metadata says this, or that this hash chooses.
 pub(super) async fn send_to(
     cluster: &Rc<WorkerCluster>,
     source: Option<Source>,
-    metadata_match: Option<&MetadataMatch>,
+    (metadata_match, hash): (Option<&MetadataMatch>, Option<u64>),
     head: RequestHead,
     body: Body,
 ) -> Result<Answer, Failure> {
     admit(cluster, &head)?;
-    let ended = attempt(cluster, (source, metadata_match), head, body, None).await;
+    let ended = attempt(cluster, (source, metadata_match, hash), head, body, None).await;
     ended.map_err(|ended| ended.unwrap_or(Failure::Reset))
 }
 
@@ -150,7 +150,7 @@ pub(super) async fn send_by(
     };
     admit(cluster, &head)?;
     loop {
-        let attempt = attempt(cluster, (None, None), head.clone(), body(), Some(&mut retry));
+        let attempt = attempt(cluster, (None, None, None), head.clone(), body(), Some(&mut retry));
         let ended = match limit {
             None => attempt.await,
             Some(limit) => match tokio::time::timeout(limit, attempt).await {
@@ -198,14 +198,14 @@ fn admit(cluster: &WorkerCluster, head: &RequestHead) -> Result<(), Failure> {
 /// One attempt at a request. `Err(None)`: there is to be another.
 async fn attempt(
     cluster: &Rc<WorkerCluster>,
-    (source, metadata_match): (Option<Source>, Option<&MetadataMatch>),
+    (source, metadata_match, hash): (Option<Source>, Option<&MetadataMatch>, Option<u64>),
     mut head: RequestHead,
     mut body: Body,
     mut retry: Option<&mut RetryState<'_>>,
 ) -> Result<Answer, Option<Failure>> {
     let stats = &cluster.cluster.stats;
-    let pick =
-        PickCx { headers: Some(&head.headers), host: Some(authority(&head)), metadata_match, ..PickCx::default() };
+    let (headers, host) = (Some(&head.headers), Some(authority(&head)));
+    let pick = PickCx { headers, host, metadata_match, hash, ..PickCx::default() };
     let hash = |policies: &[HashPolicy]| hash_of(policies, Some(&head), None, &mut Vec::new());
     let Some(chosen) = cluster.choose(pick, hash) else {
         stats.upstream_cx_none_healthy.inc();

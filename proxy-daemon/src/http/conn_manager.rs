@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     access_log::AccessLog,
-    config::model::{CodecType, HttpConnectionManagerConfig},
+    config::model::{CodecType, HttpConnectionManagerConfig, jittered},
     listener::{ConnectionInfo, DownstreamStream, DrainSignal},
     runtime::{Worker, clock},
     stats::{Counter, Lease, Metered, ResponseCodes, Scope},
@@ -108,6 +108,8 @@ pub(super) struct ConnState {
     worn_out: Notify,
     /// `http1_safe_max_connection_duration`, where it applies.
     ends_softly: bool,
+    /// `max_connection_duration`, as it is for this connection.
+    lasts: Option<Duration>,
 }
 
 impl ConnState {
@@ -220,6 +222,7 @@ pub async fn serve(
         stall_limit: Cell::new(stall_limit(&manager.config, http2)),
         worn_out: Notify::new(),
         ends_softly: !http2 && manager.config.http1_safe_max_connection_duration,
+        lasts: manager.config.max_connection_duration.map(|limit| jittered(limit, manager.config.duration_jitter)),
     });
     let end = if http2 {
         stats.downstream_cx_http2_total.inc();
@@ -344,7 +347,7 @@ async fn end_of_life(state: &ConnState, drain: &mut DrainSignal, stage: Stage, o
         return end(Stage::Closing, stats.downstream_cx_drain_close, is_drain);
     }
     let too_old = async {
-        match config.max_connection_duration.filter(|_| stage == Stage::Open || !state.ends_softly) {
+        match state.lasts.filter(|_| stage == Stage::Open || !state.ends_softly) {
             Some(limit) => tokio::time::sleep(limit.saturating_sub(clock::since(opened))).await,
             None => std::future::pending().await,
         }

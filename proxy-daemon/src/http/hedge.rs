@@ -20,6 +20,7 @@ use super::{
     codec::Incoming,
     replay::Replay,
     retry::{Failure, Verdict},
+    sizes::Sizes,
     stream::{LocalReply, RequestHead},
     stream_end::{Notes, StreamEnd},
 };
@@ -35,6 +36,8 @@ struct Try<'a> {
     answer: Pin<Box<dyn Future<Output = Answered> + 'a>>,
     /// How long it may last.
     until: Rc<Cell<Option<Instant>>>,
+    /// How large its messages are, where the cluster tells.
+    sizes: Option<Rc<Sizes>>,
     held: Held,
 }
 
@@ -105,7 +108,8 @@ impl Attempts<'_> {
                     let replay = self.retry.as_ref().and_then(|retry| retry.body.as_ref());
                     let body = replay.map_or(Body::Empty, |replay| replay.reader());
                     let (request, number) = ((head.clone(), body), self.count);
-                    let notes = Notes { counted: end.notes.counted.clone(), ..Notes::default() };
+                    let sizes = Sizes::of(self.cluster);
+                    let notes = Notes { counted: end.notes.counted.clone(), sizes: sizes.clone(), ..Notes::default() };
                     let shared = self.shared;
                     let (late, until) = (Rc::clone(&late), Rc::new(Cell::new(None)));
                     let ends = Rc::clone(&until);
@@ -113,7 +117,7 @@ impl Attempts<'_> {
                         let soft = || late.borrow_mut().push_back(number);
                         shared.attempt((&notes, &ends), &chosen, request, number, Some(&soft)).await
                     });
-                    tries.push(Try { number, hedged: false, answer, held, until });
+                    tries.push(Try { number, hedged: false, answer, sizes, held, until });
                 }
                 Event::Late(number) => {
                     let Some(at) = tries.iter().position(|one| one.number == number) else { continue };
@@ -156,6 +160,7 @@ impl Attempts<'_> {
                         }
                         end.set_host(self.cluster, &one.held, one.held.high);
                         end.notes.upstream.set(Some(Rc::clone(connection.info())));
+                        end.notes.sizes = one.sizes;
                         self.cx.progress.upstream_protocol.set(Some(connection.protocol()));
                         self.until.set(one.until.get());
                         end.judge_response(&response, http_body::Body::is_end_stream(&incoming));

@@ -92,7 +92,7 @@ impl LogParts {
     pub(super) fn keep_response(&mut self, status: StatusCode, headers: &HeaderMap, logged: &LoggedHeaders) {
         self.response = only(headers, &logged.response);
         if logged.bytes {
-            self.header_bytes.response = bytes_of(headers) + (":status".len() + status.as_str().len()) as u64;
+            self.header_bytes.response = response_bytes(status, headers);
         }
     }
 
@@ -257,8 +257,13 @@ fn replace_bytes(total: &mut u64, before: u64, after: u64) {
     }
 }
 
+/// How long the names and values of a response's headers are, with its status.
+pub(super) fn response_bytes(status: StatusCode, headers: &HeaderMap) -> u64 {
+    bytes_of(headers) + (":status".len() + status.as_str().len()) as u64
+}
+
 /// How long the names and values of a request's headers are, with its pseudo-headers.
-fn request_bytes(head: &RequestHead) -> u64 {
+pub(super) fn request_bytes(head: &RequestHead) -> u64 {
     let host = head.headers.first(&HOST).map_or(0, HeaderValue::len);
     // The name of the host's pseudo-header is the longer one.
     let of_headers = bytes_of(&head.headers) - if host > 0 { ("host".len() + host) as u64 } else { 0 };

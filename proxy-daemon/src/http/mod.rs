@@ -1,6 +1,7 @@
 //! The HTTP connection manager: from a downstream connection to filters, router and back.
 
 mod aside;
+pub mod at_end;
 mod attempts;
 mod begun;
 pub mod body;
@@ -45,6 +46,7 @@ mod route_index;
 mod route_match;
 mod route_table;
 mod scopes;
+mod sizes;
 mod stats;
 pub mod stream;
 mod stream_end;

@@ -23,16 +23,22 @@ use crate::{access_log::ResponseFlags, runtime::clock, upstream::Connection};
 pub(super) struct RequestObserver {
     progress: Rc<Progress>,
     state: Rc<ConnState>,
+    /// Nothing is read of it.
+    held: bool,
 }
 
 impl RequestObserver {
     pub(super) fn new(progress: Rc<Progress>, state: Rc<ConnState>) -> RequestObserver {
-        RequestObserver { progress, state }
+        RequestObserver { progress, state, held: false }
     }
 }
 
 impl Observer for RequestObserver {
     fn data(&mut self, bytes: usize) {
+        if std::mem::take(&mut self.held) {
+            self.state.manager.stats.downstream_flow_control_resumed_reading_total.inc();
+            self.progress.upload.get().inspect(|upload| upload.drained.inc());
+        }
         self.progress.received.set(self.progress.received.get() + bytes as u64);
         let now = clock::now();
         self.progress.last_activity.set(now);
@@ -41,6 +47,13 @@ impl Observer for RequestObserver {
 
     fn idle(&mut self, _cx: &mut Context<'_>) -> Poll<BodyError> {
         Poll::Pending
+    }
+
+    fn held(&mut self) {
+        if !std::mem::replace(&mut self.held, true) {
+            self.state.manager.stats.downstream_flow_control_paused_reading_total.inc();
+            self.progress.upload.get().inspect(|upload| upload.backed_up.inc());
+        }
     }
 
     fn end(&mut self, _trailers: Option<&HeaderMap>) {
@@ -73,17 +86,31 @@ pub(super) struct ResponseObserver {
     end: EndHolder,
     timers: Timers,
     connection: Option<Connection>,
+    /// Nothing is read of it.
+    held: bool,
 }
 
 impl ResponseObserver {
     pub(super) fn new(end: EndHolder, timers: Timers, connection: Connection) -> ResponseObserver {
-        ResponseObserver { end, timers, connection: Some(connection) }
+        ResponseObserver { end, timers, connection: Some(connection), held: false }
     }
 }
 
 impl Observer for ResponseObserver {
     fn data(&mut self, bytes: usize) {
-        self.end.with(|end| end.data(bytes));
+        let resumes = std::mem::take(&mut self.held);
+        self.end.with(|end| {
+            if resumes {
+                end.count_routed(|stats| stats.upstream_flow_control_resumed_reading_total.inc());
+            }
+            end.data(bytes);
+        });
+    }
+
+    fn held(&mut self) {
+        if !std::mem::replace(&mut self.held, true) {
+            self.end.with(|end| end.count_routed(|stats| stats.upstream_flow_control_paused_reading_total.inc()));
+        }
     }
 
     fn idle(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {

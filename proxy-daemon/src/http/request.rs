@@ -227,6 +227,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
                         // As a stream that begins anew, which is what Envoy makes of it.
                         filters.clear();
                         progress.taps.take();
+                        progress.at_end.take();
                         entries = places(config, &chain);
                         route.clone_from(&cx.route);
                         continue;

@@ -47,6 +47,7 @@ hcm_stats! {
         downstream_rq_failed_path_normalization downstream_rq_redirected_with_normalized_path
         downstream_rq_too_large rs_too_large downstream_rq_rx_reset downstream_rq_timeout downstream_rq_idle_timeout
         downstream_rq_max_duration_reached downstream_rq_too_many_premature_resets
+        downstream_flow_control_paused_reading_total downstream_flow_control_resumed_reading_total
         no_route no_cluster rq_direct_response rq_total
         rq_reset_after_downstream_response_started
         passthrough_internal_redirect_bad_location passthrough_internal_redirect_unsafe_scheme

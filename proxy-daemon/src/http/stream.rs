@@ -13,7 +13,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 
 use super::{
-    MatchCx, RouteRef, codec::h1::CodecError, headers, metadata::Metadata, route_match::authority,
+    MatchCx, RouteRef, at_end::AtEnd, codec::h1::CodecError, headers, metadata::Metadata, route_match::authority,
     stream_end::StreamEnd, strict_check::StrictCheck,
 };
 use crate::{
@@ -21,6 +21,7 @@ use crate::{
     config::model::{AddedValue, HeaderAdd, HeaderMutations, ReplyFormat, WeightedOptions},
     listener::ConnectionInfo,
     runtime::{Worker, clock},
+    stats::Counter,
     tls::TlsInfo,
     upstream::{Source, WorkerCluster, WorkerHost},
 };
@@ -334,6 +335,13 @@ pub(super) struct HostRewritten {
     pub(super) suppress: bool,
 }
 
+/// What a cluster counts of requests' bodies that wait for hosts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct UploadFlow {
+    pub(super) backed_up: Counter,
+    pub(super) drained: Counter,
+}
+
 /// How far the two bodies have come.
 #[derive(Debug)]
 pub struct Progress {
@@ -349,6 +357,8 @@ pub struct Progress {
     pub trailers: RefCell<Option<Box<HeaderMap>>>,
     /// Filters that record the stream.
     pub(super) taps: RefCell<Vec<Rc<super::filters::tap::Trace>>>,
+    /// What is done when it is over.
+    pub at_end: AtEnd,
     /// How long a client may take for what is left of the answer, where the route says; `Some(None)`: for ever.
     pub flush: Cell<Option<Option<Duration>>>,
     /// The client has reset the stream; its connection goes on.
@@ -371,6 +381,8 @@ pub struct Progress {
     pub aggregate: RefCell<Option<Rc<WorkerCluster>>>,
     /// The protocol on the last one's connection.
     pub upstream_protocol: Cell<Option<&'static str>>,
+    /// Where it is counted that its host takes no more of the request's body.
+    pub(super) upload: Cell<Option<UploadFlow>>,
     /// When the last attempt had its connection.
     pub sent_first: Cell<Option<Instant>>,
     /// When the upstream's answer began.
@@ -403,6 +415,7 @@ impl Progress {
             metadata: RefCell::new(None),
             trailers: RefCell::new(None),
             taps: RefCell::new(Vec::new()),
+            at_end: AtEnd::default(),
             flush: Cell::new(None),
             reset_by_client: Cell::new(false),
             health_check: Cell::new(false),
@@ -414,6 +427,7 @@ impl Progress {
             host_rewritten: Cell::new(None),
             aggregate: RefCell::new(None),
             upstream_protocol: Cell::new(None),
+            upload: Cell::new(None),
             sent_first: Cell::new(None),
             answered: Cell::new(None),
             last_activity: Cell::new(started),

@@ -21,13 +21,14 @@ use super::{
     look::Look as _,
     proxy_status,
     request_stats::{Counted, RequestStats},
+    sizes::Sizes,
     stats::HcmStats,
     stream::{LocalReply, Progress, ResponseHead, StreamCx, VIA_UPSTREAM},
 };
 use crate::{
     access_log::ResponseFlags,
     runtime::clock,
-    upstream::{Chosen, Decrement, HostCounter, Seen, UpstreamInfo, WorkerCluster, WorkerHost},
+    upstream::{Chosen, ClusterStats, Decrement, HostCounter, Seen, UpstreamInfo, WorkerCluster, WorkerHost},
 };
 
 /// The details of a stream that has lasted too long.
@@ -97,6 +98,8 @@ pub(super) struct Notes {
     pub(super) upstream: Cell<Option<Rc<UpstreamInfo>>>,
     /// Why there was none.
     pub(super) transport_failure: Cell<Option<Box<str>>>,
+    /// How large its messages are, where the cluster tells.
+    pub(super) sizes: Option<Rc<Sizes>>,
 }
 
 impl Notes {
@@ -296,6 +299,7 @@ impl StreamEnd {
 
     /// So much of the response's body has come.
     pub(super) fn data(&mut self, bytes: usize) {
+        self.notes.sizes.as_ref().inspect(|sizes| sizes.received(bytes));
         let progress = &self.progress;
         if !progress.sent_otherwise.get() {
             progress.sent.set(progress.sent.get() + bytes as u64);
@@ -304,6 +308,14 @@ impl StreamEnd {
         progress.last_activity.set(now);
         progress.last_response.set(now);
         self.state.last_progress.set(now);
+    }
+
+    /// Counts with the cluster that the route has chosen.
+    pub(super) fn count_routed(&self, count: impl FnOnce(&ClusterStats)) {
+        if let Some((cluster, _)) = &self.host {
+            let aggregate = self.progress.aggregate.borrow();
+            count(&aggregate.as_ref().unwrap_or(cluster).cluster.stats);
+        }
     }
 
     /// The attempt has lasted for too long, in the middle of its answer.
@@ -437,7 +449,7 @@ impl StreamEnd {
         if let Some(budget) = &mut self.budget {
             budget.attempt = clock::now();
         }
-        self.notes = Notes { counted: self.notes.counted.take(), ..Notes::default() };
+        self.notes = Notes { counted: self.notes.counted.take(), sizes: Sizes::of(routed), ..Notes::default() };
         self.judged = false;
         self.update_live();
     }
@@ -483,6 +495,10 @@ impl Drop for StreamEnd {
                 log.complete_response(CONNECTION, names, || HeaderValue::from_static("close"));
             }
             self.write_logs(&log, "DownstreamEnd");
+        }
+        let at_end = self.progress.at_end.take();
+        if !at_end.is_empty() {
+            self.tell_end(|record| at_end.into_iter().for_each(|then| then(record)));
         }
         for tap in self.progress.taps.take() {
             let upstream = self.notes.upstream.take();

@@ -33,6 +33,8 @@ pub(crate) struct Target<'a> {
     pub(crate) record: &'a Record<'a>,
     /// What the host's metadata has to say.
     pub(crate) metadata_match: Option<&'a MetadataMatch>,
+    /// What hosts are chosen by that hash.
+    pub(crate) hash: Option<u64>,
 }
 
 /// A tunnel that its host has agreed to.
@@ -66,7 +68,7 @@ pub(crate) async fn open<B: WrappedBody + 'static>(
     headers::add(&mut added, target.headers, target.record);
     head.headers.extend(added);
     let body = Body::Wrapped(Box::new(body));
-    let answer = call::send_to(cluster, source, target.metadata_match, head, body).await;
+    let answer = call::send_to(cluster, source, (target.metadata_match, target.hash), head, body).await;
     let answer = answer.map_err(|failure| match failure {
         Failure::NoHost => ResponseFlags::UH,
         Failure::Overflow => ResponseFlags::UO,

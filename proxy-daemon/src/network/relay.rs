@@ -10,7 +10,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::{intercept::Joined, listener::DownstreamStream, upstream::UpstreamStream};
+use crate::{intercept::Joined, listener::DownstreamStream, stats::Counter, upstream::UpstreamStream};
 
 /// Bytes read at a time in each direction.
 const BUFFER: usize = 32 * 1024;
@@ -74,10 +74,11 @@ pub(super) struct Relay {
 }
 
 impl Relay {
-    pub(super) fn new(idle: Option<Duration>, joined: Option<Joined>) -> Relay {
+    /// `flow`: what counts when nothing is read of the client, and of the host, since the other one takes no more.
+    pub(super) fn new(idle: Option<Duration>, joined: Option<Joined>, [up, down]: [Flow; 2]) -> Relay {
         Relay {
-            up: Pipe::default(),
-            down: Pipe::default(),
+            up: Pipe::new(up),
+            down: Pipe::new(down),
             joined,
             idle,
             last_activity: Cell::new(Instant::now()),
@@ -170,8 +171,14 @@ impl Broken {
     }
 }
 
+/// Counts how often nothing is read of a side, and how often it goes on.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Flow {
+    pub(super) paused: Counter,
+    pub(super) resumed: Counter,
+}
+
 /// One direction: a buffer that is filled from one side and emptied into the other.
-#[derive(Default)]
 struct Pipe {
     /// Allocated with the first byte, so that idle directions cost nothing.
     buffer: Vec<u8>,
@@ -182,9 +189,26 @@ struct Pipe {
     /// The writing side may hold bytes back.
     unflushed: bool,
     bytes: u64,
+    flow: Flow,
+    /// Nothing is read.
+    paused: bool,
 }
 
 impl Pipe {
+    fn new(flow: Flow) -> Pipe {
+        let (buffer, start, end) = (Vec::new(), 0, 0);
+        Pipe { buffer, start, end, eof: false, shut: false, unflushed: false, bytes: 0, flow, paused: false }
+    }
+
+    /// The writing side takes no more for now.
+    fn pause<T>(&mut self) -> Poll<T> {
+        // At the end there is nothing more to be read.
+        if !self.eof && !std::mem::replace(&mut self.paused, true) {
+            self.flow.paused.inc();
+        }
+        Poll::Pending
+    }
+
     /// Whether all that was read has been written, and more may come.
     fn is_empty(&self) -> bool {
         self.start == self.end && !self.unflushed && !self.eof
@@ -207,7 +231,7 @@ impl Pipe {
                         self.bytes += written as u64;
                         self.unflushed = true;
                     }
-                    Poll::Pending => return Poll::Pending,
+                    Poll::Pending => return self.pause(),
                 }
             }
             // TLS takes bytes before it can send them. What comes next is read meanwhile only into an empty buffer.
@@ -215,8 +239,11 @@ impl Pipe {
                 match Pin::new(&mut *to).poll_flush(cx) {
                     Poll::Ready(Ok(())) => self.unflushed = false,
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(Broken::new(Side::Written, &error))),
-                    Poll::Pending => return Poll::Pending,
+                    Poll::Pending => return self.pause(),
                 }
+            }
+            if std::mem::take(&mut self.paused) {
+                self.flow.resumed.inc();
             }
             if self.eof {
                 if !self.shut {

@@ -9,12 +9,15 @@ use std::{
 };
 
 pub(super) use super::relay::Ended;
-use super::{relay::Relay, sni_dynamic_forward_proxy, tunnel};
+use super::{
+    relay::{Flow, Relay},
+    sni_dynamic_forward_proxy, tunnel,
+};
 use crate::{
     access_log::{AccessLog, Record, ResponseFlags, Times},
     config::{
         FieldError,
-        model::{ClusterChoice, HashPolicy, MetadataMatch, SniForwardProxyConfig, TcpProxyConfig},
+        model::{ClusterChoice, HashPolicy, MetadataMatch, SniForwardProxyConfig, TcpProxyConfig, jittered},
     },
     http::hash_policy::hash_of,
     listener::{ConnectionInfo, DownstreamStream, DrainSignal},
@@ -45,6 +48,8 @@ struct TcpStats {
     downstream_cx_tx_bytes_total: Counter,
     idle_timeout: Counter,
     max_downstream_connection_duration: Counter,
+    /// `downstream_flow_control_paused_reading_total`, and `resumed`: not of tunnels.
+    flow: Flow,
     downstream_cx_active: Gauge,
     _lease: Lease,
 }
@@ -65,6 +70,10 @@ impl TcpProxy {
             downstream_cx_tx_bytes_total: scope.counter("downstream_cx_tx_bytes_total"),
             idle_timeout: scope.counter("idle_timeout"),
             max_downstream_connection_duration: scope.counter("max_downstream_connection_duration"),
+            flow: Flow {
+                paused: scope.counter("downstream_flow_control_paused_reading_total"),
+                resumed: scope.counter("downstream_flow_control_resumed_reading_total"),
+            },
             downstream_cx_active: scope.gauge("downstream_cx_active"),
             _lease: lease,
         };
@@ -74,6 +83,13 @@ impl TcpProxy {
     /// A connection that got no further than its TLS handshake.
     pub(crate) fn count_failed_handshake(&self) {
         self.stats.downstream_cx_total.inc();
+    }
+
+    /// Waits before a further attempt to connect: the more there were, the longer it may be, by chance.
+    pub(super) async fn pause(&self, attempts: u32) {
+        let Some((base, max)) = self.config.backoff.filter(|_| attempts > 0) else { return };
+        let longest = base.saturating_mul(1 << (attempts - 1).min(20)).min(max);
+        tokio::time::sleep(longest.mul_f64(fastrand::f64())).await;
     }
 
     /// The cluster, and what the host's metadata has to say.
@@ -172,6 +188,7 @@ async fn carry(
         return outcome;
     };
     let limit = proxy.config.max_downstream_connection_duration;
+    let limit = limit.map(|limit| jittered(limit, proxy.config.duration_jitter));
     let ends = async {
         let expired = async {
             match limit {
@@ -196,9 +213,14 @@ async fn carry(
             (DownstreamStream::Plain(client), UpstreamStream::Tcp(host)) => worker.join(client, host),
             _ => None,
         };
-        let mut relay = Relay::new(proxy.config.idle_timeout, joined);
+        let stats = &upstream.cluster.cluster.stats;
+        let of_host = Flow {
+            paused: stats.upstream_flow_control_paused_reading_total,
+            resumed: stats.upstream_flow_control_resumed_reading_total,
+        };
+        let mut relay = Relay::new(proxy.config.idle_timeout, joined, [proxy.stats.flow, of_host]);
         let carrying = Rc::clone(&upstream.cluster);
-        let old = carrying.cluster.config.pool.max_connection_duration;
+        let old = carrying.cluster.config.pool.lifetime();
         let mut old = pin!(async {
             // It is not used again, and a TCP proxy's never is: what is under way goes on, as in Envoy.
             if let Some(limit) = old {
@@ -281,7 +303,10 @@ async fn dial(
     outcome: &mut Outcome,
 ) -> Option<Dialed> {
     let routed = &cluster.cluster.stats;
+    let hash = |policies: &[HashPolicy]| hash_of(policies, None, Some((info.remote, info.local)), &mut Vec::new());
+    let of_connection = hash(&proxy.config.hash_policy);
     for attempt in 0..proxy.config.max_connect_attempts {
+        proxy.pause(attempt).await;
         let is_full = |cluster: &WorkerCluster| {
             let full = cluster.cluster.is_full(Resource::Connections, false);
             if full {
@@ -298,9 +323,9 @@ async fn dial(
             host: info.requested_server_name(),
             port: proxy.forward.as_ref().map(|forward| forward.port),
             metadata_match,
+            hash: of_connection,
             ..PickCx::default()
         };
-        let hash = |policies: &[HashPolicy]| hash_of(policies, None, Some((info.remote, info.local)), &mut Vec::new());
         let Some(Chosen { cluster: member, host }) = cluster.choose(pick, hash) else {
             routed.upstream_cx_none_healthy.inc();
             outcome.flags |= ResponseFlags::UH;

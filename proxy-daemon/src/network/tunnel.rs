@@ -20,6 +20,7 @@ use crate::{
     config::model::{AddedValue, MetadataMatch, Tunneling},
     http::{
         body::BodyError,
+        hash_policy::hash_of,
         tunnel::{self, Target, Tunnel},
     },
     listener::{ConnectionInfo, DownstreamStream},
@@ -203,9 +204,11 @@ async fn dial(
         AddedValue::Literal(host) => host.clone(),
         AddedValue::Format(format) => format.value(&record).unwrap_or(HeaderValue::from_static("")),
     };
-    for _ in 0..proxy.config.max_connect_attempts {
+    let hash = hash_of(&proxy.config.hash_policy, None, Some((info.remote, info.local)), &mut Vec::new());
+    for attempt in 0..proxy.config.max_connect_attempts {
+        proxy.pause(attempt).await;
         let (host, post_path) = (host.clone(), tunneling.post_path.as_ref());
-        let target = Target { host, post_path, headers: &tunneling.headers, record: &record, metadata_match };
+        let target = Target { host, post_path, headers: &tunneling.headers, record: &record, metadata_match, hash };
         let said = Said { client: Rc::clone(client), buffer: BytesMut::new() };
         match tunnel::open(cluster, info.source, target, said).await {
             Ok(tunnel) => return Some(tunnel),

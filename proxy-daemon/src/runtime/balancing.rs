@@ -183,6 +183,7 @@ fn of_chain(chain: &FilterChain) -> Vec<BalancedService> {
     let plain = chain.tls.is_none()
         && proxy.metadata_match.is_none()
         && proxy.max_downstream_connection_duration.is_none()
+        && proxy.hash_policy.is_empty()
         && proxy.access_logs.is_empty()
         && proxy.tunneling.is_none();
     let whole = |range: &crate::config::model::Cidr| range.prefix_len == if range.network.is_ipv4() { 32 } else { 128 };

@@ -50,6 +50,35 @@ impl Budgets {
     }
 }
 
+/// How large messages are in one direction: `request_response_sizes`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MessageSizes {
+    headers_size: Histogram,
+    headers_count: Histogram,
+    body_size: Histogram,
+}
+
+impl MessageSizes {
+    /// Those of requests, and those of responses.
+    fn both(scope: &Scope) -> [MessageSizes; 2] {
+        ["rq", "rs"].map(|which| {
+            let histogram = |what: &str| scope.histogram(&format!("upstream_{which}_{what}"));
+            MessageSizes {
+                headers_size: histogram("headers_size"),
+                headers_count: histogram("headers_count"),
+                body_size: histogram("body_size"),
+            }
+        })
+    }
+
+    /// One of so many headers, of so many bytes together, and a body of so many bytes.
+    pub(crate) fn record(&self, headers: u64, headers_size: u64, body_size: u64) {
+        self.headers_size.record(headers_size);
+        self.headers_count.record(headers);
+        self.body_size.record(body_size);
+    }
+}
+
 fn percent(took: Duration, limit: Option<Duration>) -> u64 {
     let limit = limit.map_or(0, |limit| limit.as_millis());
     took.as_millis().saturating_mul(100).checked_div(limit).unwrap_or(0) as u64
@@ -76,6 +105,8 @@ macro_rules! cluster_stats {
             http1: Arc<OnceLock<()>>,
             /// `timeout_budgets`; `None`: nobody wants to know.
             pub(crate) budgets: Option<Budgets>,
+            /// Of requests and of responses; `None`: nobody wants to know.
+            pub(crate) sizes: Option<[MessageSizes; 2]>,
             /// `<name>.total_match_count` of its transport sockets, by their places.
             socket_matches: Arc<[Counter]>,
             scope: Scope,
@@ -102,6 +133,7 @@ macro_rules! cluster_stats {
                     canary: Arc::default(),
                     http1: Arc::default(),
                     budgets: tracked.timeout_budgets.then(|| Budgets::new(&scope)),
+                    sizes: tracked.request_response_sizes.then(|| MessageSizes::both(&scope)),
                     socket_matches: socket_matches(matches, &scope),
                     scope,
                     _lease: lease,
@@ -118,6 +150,8 @@ cluster_stats! {
         upstream_cx_destroy_local upstream_cx_destroy_remote upstream_cx_destroy_with_active_rq
         upstream_cx_destroy_local_with_active_rq upstream_cx_destroy_remote_with_active_rq
         upstream_cx_max_requests upstream_cx_max_duration_reached upstream_cx_none_healthy upstream_cx_rx_bytes_total upstream_cx_tx_bytes_total
+        upstream_flow_control_paused_reading_total upstream_flow_control_resumed_reading_total
+        upstream_flow_control_backed_up_total upstream_flow_control_drained_total
         upstream_cx_protocol_error upstream_cx_close_notify bind_errors upstream_cx_connect_attempts_exceeded upstream_cx_pool_overflow
         upstream_rq_total upstream_rq_cancelled upstream_rq_timeout upstream_rq_per_try_timeout
         upstream_rq_pending_total upstream_rq_pending_overflow upstream_rq_active_overflow

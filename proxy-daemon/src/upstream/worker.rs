@@ -17,12 +17,12 @@ use super::{
     dynamic_forward_proxy::DynamicHosts,
     lb::{Pick, Target, TriedPriorities, Turns},
     mine::Mine,
+    named::Named,
     original_dst::{NewHosts, destination_of},
     pool::Pool,
 };
 use crate::{
     config::model::{Discovery, EndpointAddress, MetadataMatch, PoolOptions},
-    stats::Counter,
     tls::{PeerName, Secrets},
 };
 
@@ -169,7 +169,7 @@ pub struct WorkerCluster {
     /// Of an aggregate.
     pub(super) members: Option<WorkerMembers>,
     /// What filters count below the cluster's name: those of clients' making are bounded over all of its versions.
-    counters: Rc<RefCell<HashMap<Box<str>, Counter>>>,
+    pub(super) named: Rc<Named>,
 }
 
 impl fmt::Debug for WorkerCluster {
@@ -193,27 +193,8 @@ impl WorkerCluster {
             new_hosts: NewHosts::default(),
             dynamic: DynamicHosts::default(),
             ahead,
-            counters: Rc::default(),
+            named: Rc::default(),
         }
-    }
-
-    /// The counter `cluster.<name>.<leaf>`, of a filter: `leaf` is of the configuration.
-    pub fn counter(&self, leaf: &str) -> Counter {
-        let mut counters = self.counters.borrow_mut();
-        if let Some(known) = counters.get(leaf) {
-            return *known;
-        }
-        let counter = self.cluster.stats.scope().counter(leaf);
-        counters.insert(leaf.into(), counter);
-        counter
-    }
-
-    /// The same where `leaf` is of a request; `None` where that would be more than `most` counters.
-    pub fn counter_within(&self, leaf: &str, most: usize) -> Option<Counter> {
-        let counters = self.counters.borrow();
-        let room = counters.contains_key(leaf) || counters.len() < most;
-        drop(counters);
-        room.then(|| self.counter(leaf))
     }
 
     /// A cluster whose configuration changed: hosts keep their connections only where those would be made alike.
@@ -221,7 +202,7 @@ impl WorkerCluster {
         let mut next = WorkerCluster::new(cluster, before.worker, clusters);
         let (old, new) = (&before.cluster.config, &next.cluster.config);
         if old.stat_name == new.stat_name {
-            next.counters = Rc::clone(&before.counters);
+            next.named = Rc::clone(&before.named);
         }
         if old.connects_as(new) {
             // Streams that began with the one before may choose of its hosts again.

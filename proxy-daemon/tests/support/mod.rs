@@ -277,6 +277,9 @@ pub fn tcp_chain(cluster: &str) -> NetworkFilterConfig {
         idle_timeout: None,
         max_connect_attempts: 1,
         max_downstream_connection_duration: None,
+        duration_jitter: 0.0,
+        hash_policy: Box::default(),
+        backoff: None,
         access_logs: Vec::new(),
     }))
 }

@@ -157,7 +157,34 @@ fn grpc_http1_bridge() -> Vec<Case> {
         "GET /".to_owned(),
     ];
     let requests: Vec<&str> = requests.iter().map(String::as_str).collect();
-    vec![case("bridge", "grpc_http1_bridge.v3.Config", "", &requests)]
+    let ask = super::grpc::message(super::grpc::ANSWER);
+    let protobuf = "content-type: application/x-protobuf";
+    let call = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit";
+    let upgraded = [
+        format!("POST {call}\n{protobuf}\n\n{ask}"),
+        format!("POST {call}?a=b\n{protobuf}\n\n{ask}"),
+        format!("POST {call}\n{protobuf}\n\n{}", super::grpc::message("status 5")),
+        format!("POST {call}\n{protobuf}\n\n{}", super::grpc::message("http 404")),
+        super::grpc::called("application/grpc", "", super::grpc::ANSWER),
+        format!("POST /?a=b\n{protobuf}\nx-do: 503+bytes=0\n\nbody"),
+        format!("POST /\n{protobuf}\nx-do: 200+bytes=0\n"),
+        format!("POST /direct?a\n{protobuf}\n\nbody"),
+        format!("POST /?a=b\n{protobuf};a=b\n\nbody"),
+        "POST /?a=b\ncontent-type: application/grpc\n\nbody".to_owned(),
+        "GET /?a=b".to_owned(),
+    ];
+    let upgraded: Vec<&str> = upgraded.iter().map(String::as_str).collect();
+    let bridge = |name, config: &str, requests: &[&str]| case(name, "grpc_http1_bridge.v3.Config", config, requests);
+    vec![
+        bridge("bridge", "", &requests),
+        bridge("bridge of protobuf", "upgrade_protobuf_to_grpc: true", &upgraded),
+        bridge(
+            "bridge of protobuf without queries",
+            "upgrade_protobuf_to_grpc: true, ignore_query_parameters: true",
+            &upgraded,
+        ),
+        bridge("bridge without queries", "ignore_query_parameters: true", &upgraded),
+    ]
 }
 
 fn buffer() -> Vec<Case> {

@@ -25,6 +25,7 @@ mod responses;
 mod rotation;
 mod services;
 mod sessions;
+mod slow_clients;
 mod strict;
 mod taps;
 mod tokens;
@@ -63,6 +64,11 @@ fn requests_are_admitted_as_by_envoy() -> Result<()> {
 #[test]
 fn grpc_is_counted_and_translated_as_by_envoy() -> Result<()> {
     harness::compare(grpc::cases())
+}
+
+#[test]
+fn times_of_grpc_are_recorded_as_by_envoy() -> Result<()> {
+    grpc::times()
 }
 
 #[test]
@@ -119,6 +125,11 @@ fn messages_are_processed_as_by_envoy() -> Result<()> {
 #[test]
 fn messages_are_processed_in_both_directions_at_once_as_by_envoy() -> Result<()> {
     harness::compare(duplex::cases())
+}
+
+#[test]
+fn a_processor_is_held_up_by_slow_clients() -> Result<()> {
+    slow_clients::hold_up_a_processor()
 }
 
 #[test]

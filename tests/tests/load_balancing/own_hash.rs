@@ -44,6 +44,52 @@ fn connections_without_requests_are_hashed_by_their_clients() -> Result<()> {
     Ok(())
 }
 
+/// The same where the TCP proxy says what by, also through a tunnel.
+#[test]
+fn tcp_proxies_hash_by_their_clients() -> Result<()> {
+    let named = |name: u8| {
+        server::start(move |mut stream| {
+            // A tunnel is agreed to; whoever asks for none says nothing.
+            let (mut first, tunnel) = ([0; 7], name > 5);
+            if tunnel {
+                stream.read_exact(&mut first)?;
+                stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n")?;
+            }
+            stream.write_all(&[name])?;
+            // The client closes.
+            while stream.read(&mut [0; 512])? > 0 {}
+            Ok(())
+        })
+    };
+    let hosts = [named(1)?, named(2)?, named(3)?, named(4)?, named(5)?];
+    let others = [named(6)?, named(7)?, named(8)?, named(9)?, named(10)?];
+    let chosen = |kind: Kind| -> Result<Vec<u8>> {
+        let (ports, mut chosen) = ([free_port()?, free_port()?, free_port()?], Vec::new());
+        let by_client = "hash_policy: [{source_ip: {}}]";
+        let yaml = Bootstrap::new()
+            .tcp_of(ports[0], &format!("cluster: maglev, {by_client}"))
+            .tcp_of(ports[1], &format!("cluster: ring, {by_client}"))
+            .tcp_of(ports[2], &format!("cluster: tunnel, {by_client}, tunneling_config: {{hostname: 'a.test:80'}}"))
+            .cluster("maglev", &hosts, &["lb_policy: MAGLEV"])
+            .cluster("ring", &hosts, &["lb_policy: RING_HASH"])
+            .cluster("tunnel", &others, &["lb_policy: MAGLEV"])
+            .yaml();
+        let _daemon = Daemon::start(kind, &yaml)?;
+        for port in ports {
+            for _ in 0..6 {
+                let mut name = [0];
+                TcpStream::connect(("127.0.0.1", port))?.read_exact(&mut name)?;
+                chosen.extend(name);
+            }
+        }
+        Ok(chosen)
+    };
+    let (ours, theirs) = (chosen(Kind::Culvert)?, chosen(Kind::Envoy)?);
+    ensure!(ours == theirs, "{ours:?}, Envoy {theirs:?}");
+    ensure!(ours.chunks(6).all(|hosts| hosts.iter().all(|host| *host == hosts[0])), "{ours:?}");
+    Ok(())
+}
+
 #[test]
 fn clients_get_the_cookies_that_balancers_hash_by() -> Result<()> {
     let named = |name: &'static str| {

@@ -74,6 +74,8 @@ pub struct ClusterConfig {
 pub struct TrackedStats {
     /// How much of their time requests have used.
     pub timeout_budgets: bool,
+    /// How large requests and responses are.
+    pub request_response_sizes: bool,
     /// What each host counts.
     pub per_endpoint: bool,
 }

@@ -63,6 +63,8 @@ pub struct HttpConnectionManagerConfig {
     pub request_headers_timeout: Option<Duration>,
     /// A connection is drained after this.
     pub max_connection_duration: Option<Duration>,
+    /// `max_connection_duration_jitter`: that is longer by up to this part of it.
+    pub duration_jitter: f64,
     /// A connection is drained after so many requests; 0: never.
     pub max_requests_per_connection: u32,
     /// Limit of a request's header bytes, in KiB. Default 60.
@@ -147,6 +149,7 @@ impl Default for HttpConnectionManagerConfig {
             request_timeout: None,
             request_headers_timeout: None,
             max_connection_duration: None,
+            duration_jitter: 0.0,
             max_requests_per_connection: 0,
             max_request_headers_kb: 60,
             max_headers_count: 100,

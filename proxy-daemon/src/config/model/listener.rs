@@ -1,8 +1,9 @@
 use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{
-    AccessLogConfig, AddedValue, Cidr, ClusterChoice, DownstreamTlsContext, HeaderAdd, HttpConnectionManagerConfig,
-    MetadataMatch, ResourceRef, RouteConfig, RouteSource, ScopeRoutes, ScopeSource, SecretRef, SecretType,
+    AccessLogConfig, AddedValue, Cidr, ClusterChoice, DownstreamTlsContext, HashPolicy, HeaderAdd,
+    HttpConnectionManagerConfig, MetadataMatch, ResourceRef, RouteConfig, RouteSource, ScopeRoutes, ScopeSource,
+    SecretRef, SecretType,
 };
 use crate::{http::filters::DiscoveredFilter, upstream::DnsCache};
 
@@ -285,6 +286,12 @@ pub struct TcpProxyConfig {
     pub max_connect_attempts: u32,
     /// The connection is closed after this long whatever it does.
     pub max_downstream_connection_duration: Option<Duration>,
+    /// `max_downstream_connection_duration_jitter_percentage`: that is longer by up to this part of it.
+    pub duration_jitter: f64,
+    /// What connections are hashed by, where the cluster's load balancer wants a hash.
+    pub hash_policy: Box<[HashPolicy]>,
+    /// `backoff_options`: the longest pause before the second attempt to connect, and before any; `None`: there is none.
+    pub backoff: Option<(Duration, Duration)>,
     /// One line a connection.
     pub access_logs: Vec<AccessLogConfig>,
     /// Hosts are spoken to by HTTP, and get what passes in a request's body.

@@ -138,7 +138,11 @@ fn tracked(cluster: &Cluster) -> TrackedStats {
     let tracked = cluster.track_cluster_stats.unwrap_or_default();
     #[expect(deprecated, reason = "the field that track_cluster_stats replaced, which Envoy still takes")]
     let timeout_budgets = tracked.timeout_budgets || cluster.track_timeout_budgets;
-    TrackedStats { timeout_budgets, per_endpoint: tracked.per_endpoint_stats }
+    TrackedStats {
+        timeout_budgets,
+        request_response_sizes: tracked.request_response_sizes,
+        per_endpoint: tracked.per_endpoint_stats,
+    }
 }
 
 /// What such hosts have is not counted for each of them.

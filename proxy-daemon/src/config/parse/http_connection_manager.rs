@@ -119,6 +119,7 @@ pub(super) fn http_connection_manager(
         request_timeout: limit(manager.request_timeout, None, path, "request_timeout")?,
         request_headers_timeout: limit(manager.request_headers_timeout, None, path, "request_headers_timeout")?,
         max_connection_duration: limit(old, None, &common_path, "max_connection_duration")?,
+        duration_jitter: common.max_connection_duration_jitter.map_or(0.0, |jitter| jitter.value / 100.0),
         max_requests_per_connection: number(common.max_requests_per_connection, 0),
         max_request_headers_kb: number(manager.max_request_headers_kb, 60),
         max_headers_count: number(common.max_headers_count, 100),

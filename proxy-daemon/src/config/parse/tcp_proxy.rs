@@ -1,8 +1,12 @@
 use std::{sync::Arc, time::Duration};
 
-use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::{
-    TcpProxy,
-    tcp_proxy::{ClusterSpecifier, TunnelingConfig},
+use envoy_types::pb::envoy::{
+    config::core::v3::BackoffStrategy,
+    extensions::filters::network::tcp_proxy::v3::{
+        TcpProxy,
+        tcp_proxy::{ClusterSpecifier, TunnelingConfig},
+    },
+    r#type::v3::{HashPolicy as ProtoPolicy, hash_policy::PolicySpecifier},
 };
 use http::uri::PathAndQuery;
 
@@ -16,7 +20,10 @@ use crate::{
     access_log::HeaderFormat,
     config::{
         FieldError,
-        model::{AddedValue, ClusterChoice, MetadataMatch, TcpProxyConfig, Tunneling, WeightedOptions},
+        model::{
+            AddedValue, ClusterChoice, HashPolicy, HashSource, MetadataMatch, TcpProxyConfig, Tunneling,
+            WeightedOptions,
+        },
     },
 };
 
@@ -52,12 +59,40 @@ pub(super) fn tcp_proxy(proxy: &TcpProxy, path: &str) -> Result<TcpProxyConfig> 
             path,
             "max_downstream_connection_duration",
         )?,
+        duration_jitter: (proxy.max_downstream_connection_duration_jitter_percentage)
+            .map_or(0.0, |jitter| jitter.value / 100.0),
+        hash_policy: proxy.hash_policy.iter().map(|policy| hash_policy(policy, path)).collect::<Result<_>>()?,
+        backoff: proxy
+            .backoff_options
+            .map(|backoff| self::backoff(&backoff, &join(path, "backoff_options")))
+            .transpose()?,
         access_logs: access_logs(&proxy.access_log, &join(path, "access_log"))?,
         tunneling: match &proxy.tunneling_config {
             Some(config) => Some(tunneling(config, &join(path, "tunneling_config"))?),
             None => None,
         },
     })
+}
+
+fn hash_policy(policy: &ProtoPolicy, path: &str) -> Result<HashPolicy> {
+    match &policy.policy_specifier {
+        Some(PolicySpecifier::SourceIp(_)) => Ok(HashPolicy { source: HashSource::SourceIp, terminal: false }),
+        // The state of connections is refused by the table of honoured fields.
+        Some(PolicySpecifier::FilterState(_)) | None => {
+            Err(required(&format!("{}[0]", join(path, "hash_policy")), "policy_specifier"))
+        }
+    }
+}
+
+fn backoff(backoff: &BackoffStrategy, path: &str) -> Result<(Duration, Duration)> {
+    let base = duration(backoff.base_interval, path, "base_interval")?;
+    let base = base.ok_or_else(|| required(path, "base_interval"))?;
+    let max = duration(backoff.max_interval, path, "max_interval")?.unwrap_or(base.saturating_mul(10));
+    if max < base {
+        let text = "max_interval must be greater than or equal to the base_interval";
+        return Err(FieldError::new(join(path, "max_interval"), text));
+    }
+    Ok((base, max))
 }
 
 fn tunneling(config: &TunnelingConfig, path: &str) -> Result<Tunneling> {

@@ -18,7 +18,7 @@ use crate::{
         headers::names::*,
         illegal,
         retry::Failure,
-        stream::{HostRewritten, RequestHead},
+        stream::{HostRewritten, RequestHead, UploadFlow},
         stream_end::Notes,
         upgrade,
         upstream_head::{protocol, set_scheme, to_http1, to_http2},
@@ -35,11 +35,15 @@ impl Shared<'_> {
         self,
         (notes, until): (&Notes, &Cell<Option<Instant>>),
         Chosen { cluster, host }: &Chosen,
-        (head, body): (RequestHead, Body),
+        (mut head, body): (RequestHead, Body),
         number: u32,
         late: Option<&dyn Fn()>,
     ) -> Result<(Response<Incoming>, Connection), Failed> {
         let (source, high) = (self.cx.source, self.action.high_priority);
+        if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
+            head.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(number));
+        }
+        notes.sizes.as_ref().inspect(|sizes| sizes.request(&head));
         let terminated = upgrade::terminated(self.action, &head.method);
         let wanted = if terminated.is_some() { Wanted::Tcp } else { protocol(cluster, &head) };
         let client = Client { id: self.cx.connection.id, pools: &self.cx.connection.pools };
@@ -66,13 +70,18 @@ impl Shared<'_> {
             return Ok((response, connection));
         }
         self.cx.progress.upstream_protocol.set(Some(connection.protocol()));
+        let routed = &self.cluster.cluster.stats;
+        self.cx.progress.upload.set(Some(UploadFlow {
+            backed_up: routed.upstream_flow_control_backed_up_total,
+            drained: routed.upstream_flow_control_drained_total,
+        }));
         if let Some(reply) = illegal::refusal(&head) {
             self.cx.progress.instead.replace(Some(Box::new(reply)));
             return Err(unsendable());
         }
         let connects = head.method == Method::CONNECT;
         let upgrade = head.extensions.get::<Upgrade>().is_some() && !connects;
-        let mut request = self.upstream_request(host, (head, body), number, connection.is_http2());
+        let mut request = self.upstream_request(host, (head, body), notes, connection.is_http2());
         if connection.is_http2() && !connects && self.scheme_matches_upstream {
             set_scheme(request.uri_mut(), connection.info().tls.is_some());
         }
@@ -111,7 +120,10 @@ impl Shared<'_> {
                 stale: false,
                 gone_away: false,
             }),
-            Ok(response) => Ok((response, connection)),
+            Ok(response) => {
+                notes.sizes.as_ref().inspect(|sizes| sizes.response(response.status(), response.headers()));
+                Ok((response, connection))
+            }
             Err(error) => {
                 if error.reason == ResetReason::Protocol && !connection.counts_streams() {
                     stats.upstream_cx_protocol_error.inc();
@@ -134,8 +146,8 @@ impl Shared<'_> {
     fn upstream_request(
         &self,
         host: &WorkerHost,
-        (mut head, body): (RequestHead, Body),
-        number: u32,
+        (mut head, mut body): (RequestHead, Body),
+        notes: &Notes,
         http2: bool,
     ) -> Request<Body> {
         let name = Some(host.host.hostname()).filter(|name| !name.is_empty());
@@ -148,8 +160,9 @@ impl Shared<'_> {
             let original = if suppress { Original::Untold } else { Original::Told };
             set_host(&mut head, name, forwarded, original);
         }
-        if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
-            head.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(number));
+        if let Some(sizes) = &notes.sizes {
+            sizes.request(&head);
+            body = sizes.counting(body);
         }
         if http2 {
             to_http2(&mut head);

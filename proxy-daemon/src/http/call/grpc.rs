@@ -188,8 +188,22 @@ impl Service {
         request: &impl ProtoMessage,
         cx: &StreamCx,
     ) -> Result<A, Failed> {
-        let cluster = cx.worker.clusters.get(&self.cluster).ok_or(UNAVAILABLE)?;
-        let head = self.head(path, self.timeout, own_address(cx));
+        self.unary_from(path, request, &cx.worker.clusters, own_address(cx)).await
+    }
+
+    /// The same, where no request waits for it. `own`: this node's address.
+    ///
+    /// # Errors
+    /// As [`unary`](Self::unary).
+    pub(in crate::http) async fn unary_from<A: ProtoMessage + Default>(
+        &self,
+        path: &'static str,
+        request: &impl ProtoMessage,
+        clusters: &WorkerClusters,
+        own: IpAddr,
+    ) -> Result<A, Failed> {
+        let cluster = clusters.get(&self.cluster).ok_or(UNAVAILABLE)?;
+        let head = self.head(path, self.timeout, own);
         let call = async {
             let framed = frame(request);
             let body = || Body::Wrapped(Box::new(Message(framed.clone())));

@@ -5,13 +5,17 @@ use std::{cell::RefCell, rc::Rc};
 use http::HeaderValue;
 
 use crate::{
-    http::stream::{RequestHead, StreamCx},
+    http::stream::{Progress, RequestHead, StreamCx},
+    runtime::clock,
     stats::Counter,
     upstream::WorkerCluster,
 };
 
 /// The most counters that clients' paths make for a cluster: what comes later is counted without its method.
 const MAX_COUNTERS: usize = 10_000;
+
+/// The same of histograms, which are larger.
+const MAX_HISTOGRAMS: usize = 1_000;
 
 /// The longest name of a service or method that has counters of its own, in bytes.
 const MAX_NAME: usize = 256;
@@ -49,16 +53,33 @@ impl Call {
 
     /// The call's counter of this name.
     pub(super) fn counter(&self, what: &str) -> Counter {
-        let Call { cluster, protocol, own } = self;
-        let mut own = own.borrow_mut();
-        let shared = own.len();
-        let mut counter = None;
-        if shared > 0 {
-            own.push_str(what);
-            counter = cluster.counter_within(&own, MAX_COUNTERS);
-            own.truncate(shared);
-        }
+        let Call { cluster, protocol, .. } = self;
+        let counter = self.own(what, |name| cluster.counter_within(name, MAX_COUNTERS));
         counter.unwrap_or_else(|| cluster.counter(&format!("{protocol}.{what}")))
+    }
+
+    /// What `find` finds for the call's own name of this; `None`: it has none.
+    fn own<T>(&self, what: &str, find: impl FnOnce(&str) -> Option<T>) -> Option<T> {
+        let mut own = self.own.borrow_mut();
+        let shared = own.len();
+        if shared == 0 {
+            return None;
+        }
+        own.push_str(what);
+        let found = find(&own);
+        own.truncate(shared);
+        found
+    }
+
+    /// The host's answer to a request that had gone whole has come whole: records how long that took, as `upstream_rq_time`.
+    pub(super) fn record_time(&self, progress: &Progress) {
+        let sent = progress.times(clock::now()).upstream_sent();
+        let Some(sent) = sent.filter(|_| progress.answered.get().is_some()) else { return };
+        let (Call { cluster, protocol, .. }, what) = (self, "upstream_rq_time");
+        let own = self.own(what, |name| cluster.histogram_within(name, MAX_HISTOGRAMS));
+        // There is always room for the one of all calls.
+        let histogram = own.or_else(|| cluster.histogram_within(&format!("{protocol}.{what}"), usize::MAX));
+        histogram.inspect(|histogram| histogram.record(clock::since(sent).as_millis() as u64));
     }
 
     /// Counts how the call ended, by what its response or trailers say.

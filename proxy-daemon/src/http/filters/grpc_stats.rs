@@ -46,6 +46,8 @@ struct GrpcStatsFactory {
     methods: Methods,
     /// `emit_filter_state`: access logs are told how many messages there were.
     emits: bool,
+    /// `enable_upstream_stats`: it is recorded how long hosts take.
+    times: bool,
 }
 
 /// A gRPC call.
@@ -53,6 +55,8 @@ struct GrpcStatsFilter {
     /// Where it is counted; `None`: it is only told.
     call: Option<Rc<Call>>,
     told: Option<Rc<Progress>>,
+    /// Where it is recorded how long the host takes.
+    timed: Option<Rc<Progress>>,
 }
 
 impl HttpFilterFactory for GrpcStatsFactory {
@@ -77,7 +81,8 @@ impl HttpFilterFactory for GrpcStatsFactory {
             }
         });
         let told = self.emits.then(|| Rc::clone(&cx.progress));
-        let filter = GrpcStatsFilter { call: call.map(Rc::new), told };
+        let timed = self.times.then(|| Rc::clone(&cx.progress));
+        let filter = GrpcStatsFilter { call: call.map(Rc::new), told, timed };
         if filter.call.is_some() || filter.told.is_some() {
             filter.count(body, Direction::Request);
             instances.push(Box::new(filter));
@@ -90,6 +95,9 @@ impl HttpFilter for GrpcStatsFilter {
     fn response(&mut self, head: &mut ResponseHead, body: &mut Body, _cx: &mut StreamCx) -> Flow {
         if let Some(call) = &self.call {
             call.charge(head.headers.get(GRPC_STATUS));
+            if let Some(progress) = self.timed.as_ref().filter(|_| body.is_end_stream()) {
+                call.record_time(progress);
+            }
         }
         if head.status == StatusCode::OK && is_grpc(&head.headers) {
             self.count(body, Direction::Response);
@@ -102,8 +110,16 @@ impl GrpcStatsFilter {
     /// Counts the messages of this body.
     fn count(&self, body: &mut Body, direction: Direction) {
         if !body.is_end_stream() {
-            let (call, told) = (self.call.clone(), self.told.clone());
-            body.wrap(|body| Counting { body, messages: Messages::default(), call, told, direction, counter: None });
+            let (call, told, timed) = (self.call.clone(), self.told.clone(), self.timed.clone());
+            body.wrap(|body| Counting {
+                body,
+                messages: Messages::default(),
+                call,
+                told,
+                timed,
+                direction,
+                counter: None,
+            });
         }
     }
 }
@@ -121,6 +137,7 @@ struct Counting {
     messages: Messages,
     call: Option<Rc<Call>>,
     told: Option<Rc<Progress>>,
+    timed: Option<Rc<Progress>>,
     direction: Direction,
     /// Found with the first message: without any there is none.
     counter: Option<Counter>,
@@ -163,6 +180,7 @@ impl http_body::Body for Counting {
         {
             // They tell how the call ended.
             call.charge(trailers.get(GRPC_STATUS));
+            self.timed.as_ref().inspect(|progress| call.record_time(progress));
         }
         Poll::Ready(frame.map(Ok))
     }
@@ -177,9 +195,12 @@ impl http_body::Body for Counting {
 }
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
-    // enable_upstream_stats is refused by the table of honoured fields.
-    let FilterConfig { per_method_stat_specifier, replace_dots_in_grpc_service_name, emit_filter_state, .. } =
-        unpack(typed_config, cx.path)?;
+    let FilterConfig {
+        per_method_stat_specifier,
+        replace_dots_in_grpc_service_name,
+        emit_filter_state,
+        enable_upstream_stats,
+    } = unpack(typed_config, cx.path)?;
     let methods = match per_method_stat_specifier {
         Some(PerMethodStatSpecifier::StatsForAllMethods(all)) if all.value => {
             Methods::All { replace_dots: replace_dots_in_grpc_service_name }
@@ -194,5 +215,5 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         }
         Some(PerMethodStatSpecifier::StatsForAllMethods(_)) | None => Methods::Listed(HashMap::new()),
     };
-    Ok(Arc::new(GrpcStatsFactory { methods, emits: emit_filter_state }))
+    Ok(Arc::new(GrpcStatsFactory { methods, emits: emit_filter_state, times: enable_upstream_stats }))
 }

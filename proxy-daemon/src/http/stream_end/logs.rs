@@ -1,6 +1,6 @@
 //! What a stream keeps for its lines in access logs, and for taps.
 
-use std::rc::Rc;
+use std::{rc::Rc, time::Instant};
 
 use http::{
     HeaderMap, HeaderValue, StatusCode,
@@ -120,6 +120,26 @@ impl StreamEnd {
     pub(in crate::http) fn connection_record(&self) -> Record<'_> {
         let connection = &self.state.connection;
         Record { start: clock::wall(self.started), duration: clock::since(self.started), ..connection.record() }
+    }
+
+    /// Tells what there is to be told of the stream, but for its messages' heads.
+    pub(super) fn tell_end(&self, tell: impl FnOnce(&Record<'_>)) {
+        let (metadata, progress) = (self.progress.metadata.borrow(), &self.progress);
+        let record = Record {
+            metadata: metadata.as_deref(),
+            response_code: self.status.map_or(0, |status| status.as_u16()),
+            response_flags: self.flags,
+            response_code_details: self.told_details(),
+            bytes_received: progress.received.get(),
+            bytes_sent: progress.sent.get(),
+            attempts: progress.attempts.get(),
+            grpc_messages: progress.grpc_messages.get(),
+            times: Times { end: Some(Instant::now()), ..progress.times(self.started) },
+            upstream_host: self.attempted().map(|host| host.host.display()),
+            upstream_host_name: self.attempted().map(|host| host.host.name()),
+            ..self.connection_record()
+        };
+        self.tell_upstream(&record, tell);
     }
 
     pub(super) fn write_logs(&self, log: &LogParts, log_type: &'static str) {

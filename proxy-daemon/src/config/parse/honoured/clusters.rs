@@ -90,7 +90,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "detect_degraded_hosts",
         ],
     ),
-    ("envoy.config.cluster.v3.TrackClusterStats", &["timeout_budgets", "per_endpoint_stats"]),
+    ("envoy.config.cluster.v3.TrackClusterStats", ALL),
     ("envoy.config.cluster.v3.Cluster.EdsClusterConfig", ALL),
     ("envoy.config.cluster.v3.Cluster.TransportSocketMatch", ALL),
     (

@@ -209,7 +209,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "typed_per_filter_config",
         ],
     ),
-    ("envoy.config.route.v3.RateLimit", &["stage", "disable_key", "actions", "limit", "hits_addend"]),
+    ("envoy.config.route.v3.RateLimit", ALL),
     (
         "envoy.config.route.v3.RateLimit.Action",
         &[

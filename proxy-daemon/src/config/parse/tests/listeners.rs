@@ -8,8 +8,8 @@ use super::*;
 use crate::{
     access_log::{Record, ResponseFlags},
     config::model::{
-        AccessLogFilter, AccessLogOutput, AccessLogSink, ClusterChoice, CodecType, Comparison, ComparisonOp, Listener,
-        OriginalSrc, ServerHeaderTransformation, SourceType, TcpProxyConfig,
+        AccessLogFilter, AccessLogOutput, AccessLogSink, ClusterChoice, CodecType, Comparison, ComparisonOp,
+        HashPolicy, HashSource, Listener, OriginalSrc, ServerHeaderTransformation, SourceType, TcpProxyConfig,
     },
     layered_runtime::{Denominator, Key, RuntimeInteger},
 };
@@ -114,6 +114,20 @@ fn a_tcp_proxy() {
     assert!(matches!(&plain.cluster, ClusterChoice::Cluster(name) if &**name == "up"));
     assert_eq!((plain.idle_timeout, plain.max_connect_attempts), (Some(Duration::from_secs(3600)), 1));
     assert_eq!(plain.max_downstream_connection_duration, None);
+    assert!(plain.hash_policy.is_empty() && plain.backoff.is_none() && plain.duration_jitter == 0.0);
+    let further = proxy(
+        "cluster: up, max_downstream_connection_duration: 60s, max_downstream_connection_duration_jitter_percentage: { value: 50 }, \
+         hash_policy: [{ source_ip: {} }], backoff_options: { base_interval: 2s }",
+    );
+    let seconds = Duration::from_secs;
+    assert_eq!((further.duration_jitter, further.backoff), (0.5, Some((seconds(2), seconds(20)))));
+    assert_eq!(*further.hash_policy, [HashPolicy { source: HashSource::SourceIp, terminal: false }]);
+    let backoff = "backoff_options: { base_interval: 2s, max_interval: 1s }";
+    let refused = read(&format!(
+        "{{ name: l, {ADDRESS}, default_filter_chain: {{ {} }} }}",
+        tcp(&format!("cluster: up, {backoff}"))
+    ));
+    assert!(refused.unwrap_err().to_string().contains("backoff_options.max_interval: max_interval must be"));
     let full = proxy(
         "weighted_clusters: { clusters: [{ name: a, weight: 1 }, { name: b, weight: 2 }] }, idle_timeout: 0s, \
          max_connect_attempts: 3, max_downstream_connection_duration: 60s, access_log: [{ name: f, typed_config: { '@type': \
@@ -162,7 +176,7 @@ fn a_connection_manager() {
     let full = manager(
         "          codec_type: HTTP2
           server_header_transformation: PASS_THROUGH
-          common_http_protocol_options: { idle_timeout: 0s, max_connection_duration: 9s, max_headers_count: 7, max_requests_per_connection: 8 }
+          common_http_protocol_options: { idle_timeout: 0s, max_connection_duration: 9s, max_connection_duration_jitter: { value: 20 }, max_headers_count: 7, max_requests_per_connection: 8 }
           http2_protocol_options: { max_concurrent_streams: 5, initial_stream_window_size: 65535, initial_connection_window_size: 70000 }
           stream_idle_timeout: 0s
           request_timeout: 3s
@@ -180,7 +194,7 @@ fn a_connection_manager() {
           internal_address_config: { cidr_ranges: [{ address_prefix: 10.0.0.0, prefix_len: 8 }] }",
     );
     assert_eq!((full.codec_type, full.server_header), (CodecType::Http2, ServerHeaderTransformation::PassThrough));
-    assert_eq!((full.idle_timeout, full.max_connection_duration), (None, seconds(9)));
+    assert_eq!((full.idle_timeout, full.max_connection_duration, full.duration_jitter), (None, seconds(9), 0.2));
     assert_eq!((full.max_headers_count, full.max_requests_per_connection, full.max_request_headers_kb), (7, 8, 96));
     let http2 = &full.http2;
     assert_eq!(http2.max_concurrent_streams, 5);

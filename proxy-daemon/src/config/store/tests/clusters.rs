@@ -8,7 +8,7 @@ fn one_bad_resource_does_not_hold_up_the_others() {
     store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
     store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80])]));
     calls.take();
-    let bad = resource::<Cluster>("a", "{ name: a, track_cluster_stats: { request_response_sizes: true } }");
+    let bad = resource::<Cluster>("a", "{ name: a, http_protocol_options: { allow_chunked_length: true } }");
     let worse = resource::<Cluster>("c", "{ name: c, per_connection_buffer_high_watermark_timeout: 1s }");
     let outcome = store.update(update(Cluster::type_url(), vec![bad, eds_cluster("b"), worse]));
     store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("b", &[80])]));
@@ -17,7 +17,7 @@ fn one_bad_resource_does_not_hold_up_the_others() {
     assert_eq!(
         rejected,
         [
-            ("a", "track_cluster_stats.request_response_sizes: not supported by culvert yet"),
+            ("a", "http_protocol_options.allow_chunked_length: not supported by culvert yet"),
             ("c", "per_connection_buffer_high_watermark_timeout: not supported by culvert yet")
         ]
     );
@@ -28,7 +28,7 @@ fn one_bad_resource_does_not_hold_up_the_others() {
     let clusters = snapshot.of(&Cluster::type_url());
     assert!(clusters[0].active.is_some());
     let details = &clusters[0].failure.as_ref().unwrap().details;
-    assert_eq!(details, "track_cluster_stats.request_response_sizes: not supported by culvert yet");
+    assert_eq!(details, "http_protocol_options.allow_chunked_length: not supported by culvert yet");
     assert!(clusters[1].failure.is_none());
     assert!(clusters[2].active.is_none(), "no version of it was ever taken");
     assert_eq!(json::any_to_json(&clusters[2].failure.as_ref().unwrap().attempt.body)["name"], "c");

@@ -280,6 +280,9 @@ impl Inner {
         loop {
             let waiting = self.upload.gather(cx, &mut self.writer, self.options.enable_trailers);
             if self.writer.poll_write(&mut self.stream, cx).map_err(|_| self.upload.give_up())?.is_pending() {
+                if !self.upload.ended {
+                    self.upload.body.hold();
+                }
                 return Poll::Pending;
             }
             if self.upload.ended {
