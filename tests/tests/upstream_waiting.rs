@@ -448,3 +448,80 @@ fn retry_budgets_are_shown_as_by_envoy() -> Result<()> {
     assert_eq!(seen[1], seen[0], "Envoy's are on the right");
     Ok(())
 }
+
+/// Whoever takes less than the other side sends holds it up, which is counted, by each proxy in its own measure.
+#[test]
+fn what_waits_for_others_is_counted() -> Result<()> {
+    for kind in KINDS {
+        // `GET` has an answer without an end, `QUICK` a short one, and whoever says anything else is not listened to.
+        let host = server::start(|mut stream| {
+            let mut first = [0; 5];
+            std::io::Read::read_exact(&mut stream, &mut first)?;
+            if &first == b"GET /" {
+                stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n")?;
+                while stream.write_all(&[b'x'; 64 * 1024]).is_ok() {}
+            } else if &first == b"QUICK" {
+                return Ok(stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")?);
+            }
+            thread::sleep(2 * DEADLINE);
+            Ok(())
+        })?;
+        let (web, tcp) = (free_port()?, free_port()?);
+        let bootstrap = Bootstrap::new()
+            .http(web, &routes(&["http"]), &[])
+            .tcp(tcp, "bytes")
+            .cluster("http", &[host], &[])
+            .cluster("bytes", &[host], &[]);
+        let daemon = start(kind, &bootstrap)?;
+        let comes = |name: &str| {
+            wait_until(DEADLINE, name, || {
+                let counted = daemon.stats()?.get(name);
+                ensure!(counted > 0, "{kind:?}: {name} is 0");
+                Ok(())
+            })
+        };
+        let mut quick = TcpStream::connect(("127.0.0.1", tcp))?;
+        quick.write_all(b"QUICK")?;
+        std::io::Read::read_to_end(&mut quick, &mut Vec::new())?;
+        let stats = daemon.stats()?;
+        let counted =
+            stats.names().filter(|name| name.contains("flow_control")).map(|name| stats.get(name)).sum::<u64>();
+        ensure!(counted == 0, "{kind:?}: nothing has waited");
+        let talks = |port: u16, text: &'static str| -> Result<TcpStream> {
+            let client = TcpStream::connect(("127.0.0.1", port))?;
+            let mut writer = client.try_clone()?;
+            thread::spawn(move || {
+                // Until the proxy is gone.
+                let _ = writer.write_all(text.as_bytes());
+                while !text.starts_with("GET") && writer.write_all(&[b'x'; 64 * 1024]).is_ok() {}
+            });
+            Ok(client)
+        };
+        let of_cluster = |name: &str, what: &str| format!("cluster.{name}.upstream_flow_control_{what}");
+        for (port, text, names) in [
+            (web, "GET /http HTTP/1.1\r\nhost: a\r\n\r\n", vec![of_cluster("http", "paused_reading_total")]),
+            (
+                web,
+                "POST /http HTTP/1.1\r\nhost: a\r\ncontent-length: 100000000000\r\n\r\n",
+                vec![
+                    of_cluster("http", "backed_up_total"),
+                    "http.ingress.downstream_flow_control_paused_reading_total".to_owned(),
+                ],
+            ),
+            (tcp, "GET /", vec![of_cluster("bytes", "paused_reading_total")]),
+            (tcp, "deaf!", vec!["tcp.tcp.downstream_flow_control_paused_reading_total".to_owned()]),
+        ] {
+            let mut client = talks(port, text)?;
+            for name in &names {
+                comes(name)?;
+            }
+            if text.starts_with("GET") {
+                // It goes on when somebody reads.
+                client.set_read_timeout(Some(DEADLINE))?;
+                std::io::Read::read_exact(&mut client, &mut vec![0; 16 << 20])?;
+                comes(&names[0].replace("paused", "resumed"))?;
+            }
+        }
+    }
+    Ok(())
+}
