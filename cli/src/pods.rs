@@ -82,11 +82,13 @@ fn text(status: &Value) -> String {
     for listener in list(&acceleration["listeners"]).iter().filter(|_| acceleration["available"] == true) {
         let [name, level, configured, said] =
             ["name", "in_force", "configured", "run_time"].map(|key| cell(&listener[key]));
-        text.push_str(&format!("\nPAST TCP: listener {name}: {level} (configured {configured}, at run time {said})"));
+        text.push_str(&format!(
+            "\nPAST TCP: listener {name}: at most {level} (configured {configured}, at run time {said})"
+        ));
     }
     if acceleration["available"] == true {
         let [pods, automatic] = ["pods", "automatic"].map(|key| cell(&acceleration[key]));
-        text.push_str(&format!("\nPAST TCP: pods that say nothing: {pods}; automatic here: {automatic}\n"));
+        text.push_str(&format!("\nPAST TCP: pods of which nothing is said: {pods}; automatic is {automatic} here\n"));
     }
     let faults = list(&status["not_ready"]);
     if !faults.is_empty() {
@@ -120,8 +122,8 @@ mod tests {
         let listener = json!({"name": "outbound", "configured": "joined", "run_time": "off", "in_force": "off"});
         let status = json!({"pods": [], "acceleration": {"available": true, "listeners": [listener],
             "pods": "automatic", "automatic": "shortcut"}});
-        let expected = "PAST TCP: listener outbound: off (configured joined, at run time off)
-PAST TCP: pods that say nothing: automatic; automatic here: shortcut\n";
+        let expected = "PAST TCP: listener outbound: at most off (configured joined, at run time off)
+PAST TCP: pods of which nothing is said: automatic; automatic is shortcut here\n";
         assert!(text(&status).ends_with(expected), "{}", text(&status));
     }
 

@@ -20,6 +20,7 @@ use culvert_proxy_daemon::{
         model::{Endpoint, EndpointAddress, HealthStatus, LocalityEndpoints},
         parse,
     },
+    runtime::allocator,
     upstream::{Clusters, PickCx, WorkerCluster, WorkerClusters},
 };
 use envoy_types::pb::envoy::config::cluster::v3::{
@@ -65,6 +66,7 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    allocator::prepare();
     let wanted = |name: &str| args.only.as_ref().is_none_or(|only| name.contains(only));
     let policies: Vec<_> = POLICIES.into_iter().filter(|(_, name)| wanted(name)).collect();
     let names = POLICIES.map(|(_, name)| name).join(", ");
@@ -178,6 +180,8 @@ async fn replace(
             let (clusters, done) = (Arc::clone(clusters), Arc::clone(&done));
             std::thread::spawn(move || {
                 clusters.set_endpoints(name, &[group(round * hosts..(round + 1) * hosts, weights)]);
+                // As culvertd does after each large update.
+                allocator::give_back();
                 done.store(true, Relaxed);
             })
         };

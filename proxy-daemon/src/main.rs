@@ -26,7 +26,7 @@ use culvert_proxy_daemon::{
     intercept::Interception,
     layered_runtime::Runtime,
     report,
-    runtime::{DataPlane, Options},
+    runtime::{DataPlane, Options, allocator},
     stats::{self, Metric},
     tasks::Tasks,
     tls, upstream,
@@ -50,13 +50,8 @@ use tracing_subscriber::{layer::SubscriberExt, reload, util::SubscriberInitExt};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-// SAFETY: as the C library that the crate `mimalloc` links declares it; any thread may call it at any time.
-unsafe extern "C" {
-    /// Gives the kernel what the calling thread has freed, and with `force` at once: part of [`ALLOCATOR`]'s C library.
-    safe fn mi_collect(force: bool);
-}
-
 fn main() -> ExitCode {
+    allocator::prepare();
     let flags = Flags::parse();
     if flags.version {
         println!("culvertd  version: {}", admin::version());
@@ -304,7 +299,7 @@ async fn run(
     let config = sources::Config { unknown_fields: flags.unknown_dynamic_fields(), ..bootstrap.sources };
     state.set(ServerState::Initializing);
     tasks.spawn("keeps time", store.clone().keep_time());
-    tasks.spawn("gives memory back", store.clone().tidy_up(|| mi_collect(true)));
+    tasks.spawn("gives memory back", store.clone().tidy_up(allocator::give_back, allocator::EVERY));
     tasks.spawn("follows files", store.clone().follow_files());
     if let Some(messages) = plane.on_demand() {
         tasks.spawn("hears what requests need", store.clone().serve_on_demand(messages));
@@ -376,8 +371,17 @@ async fn bind_when_free(address: std::net::SocketAddr) -> TcpListener {
 /// Lets connections finish, for at most `--drain-time-s`, or until a second signal. Where another daemon has taken over, the admin
 /// interface is left to that one at once: who asks whether the node is ready, means that one.
 async fn drain(flags: &Flags, plane: &DataPlane, signals: &mut Signals, leave_admin: &Notify) {
-    plane.let_go().await;
-    plane.shut().await;
+    let leaving = async {
+        plane.let_go().await;
+        plane.shut().await;
+    };
+    tokio::select! {
+        () = leaving => {}
+        () = signals.stop() => {
+            tracing::warn!(connections = plane.connections(), "told twice: not waiting for a drain");
+            return;
+        }
+    }
     let limit = drain_time(flags);
     let followed = async {
         let mut tick = tokio::time::interval(Duration::from_millis(250));

@@ -117,6 +117,84 @@ fn a_daemon_takes_over_again_when_its_successor_removed_everything() {
     assert!(!lab.pin_path.exists());
 }
 
+/// What keeps a daemon from taking over again is told, and tried again.
+#[test]
+fn a_daemon_that_cannot_take_over_again_says_so_until_it_can() {
+    let lab = Lab::new();
+    let (first, old) = start(&lab, closed(&lab));
+    let successor = start(&lab, closed(&lab));
+    // There is no route to a device that is down.
+    lab.node.ip("link set lo down");
+    drop(successor);
+    let says_so = || first.faults().iter().any(|fault| fault.starts_with("cannot take over again"));
+    eventually("said", says_so);
+    lab.node.ip("link set lo up");
+    eventually("the first one serves again", || taken_by(&lab, [&old]) == Some(0));
+    eventually("not said any more", || first.faults().is_empty());
+    stop(&lab, first);
+    assert!(!lab.pin_path.exists());
+}
+
+/// Whichever of two takes over from the third, it hands back to the other.
+#[test]
+fn of_three_daemons_the_last_one_serves() {
+    let lab = Lab::new();
+    let app = lab.server.listen("[::]:80");
+    let (first, of_first) = start(&lab, closed(&lab));
+    let (second, of_second) = start(&lab, closed(&lab));
+    let third = start(&lab, closed(&lab));
+    drop(third);
+    let mut taker = None;
+    eventually("one of two serves again", || {
+        taker = taken_by(&lab, [&of_first, &of_second, &app]);
+        taker.is_some()
+    });
+    let (ends, stays) = match taker {
+        Some(0) => ((first, of_first), (second, of_second)),
+        Some(1) => ((second, of_second), (first, of_first)),
+        other => panic!("a bypass: {other:?}"),
+    };
+    assert!(ends.0.hand_back(), "the other one may serve");
+    eventually("handed back", || ends.0.is_followed());
+    assert_eq!(taken_by(&lab, [&ends.1, &stays.1, &app]), Some(1));
+    stop(&lab, ends.0);
+    assert_eq!(taken_by(&lab, [&stays.1, &app]), Some(0));
+    eventually("nobody is left", || !stays.0.has_predecessor());
+    assert!(!stays.0.hand_back());
+    stop(&lab, stays.0);
+    assert!(!lab.pin_path.exists());
+}
+
+/// Also where the programs are not ones that are put in each other's place: on kernels before 6.6, and on cgroups alone.
+#[test]
+fn a_successor_waits_for_its_listeners() {
+    let lab = Lab::new();
+    let group = Group::new(None, "waits");
+    let host = HostMode { cgroups: vec![group.path().to_owned()], ..HostMode::default() };
+    let by_clsact = InterceptionConfig { force_clsact: true, ..closed(&lab) };
+    let of_host = InterceptionConfig { host: Some(host), interfaces: Vec::new(), ..closed(&lab) };
+    for (config, is_host) in [(by_clsact, false), (of_host, true)] {
+        let mut process = Puppet::new(&lab.node, &group);
+        let mut connects = || match is_host {
+            true => drop(process.connect("10.201.9.2:80").expect("connects")),
+            false => drop(lab.client.connect("10.201.2.2:80").expect("connects")),
+        };
+        let (first, old) = start(&lab, config.clone());
+        let second = lab.start(config, 1);
+        connects();
+        accept(&old);
+        let new = lab.node.listen_transparent("[::]:0");
+        lab.node.run(|| second.set_listener(0, new.as_fd())).expect("listener");
+        connects();
+        accept(&new);
+        stop(&lab, first);
+        connects();
+        accept(&new);
+        stop(&lab, second);
+        assert!(!lab.pin_path.exists());
+    }
+}
+
 /// Who is told to end has pods' connections go their own way before its listeners close, and not when its last connection has ended.
 #[test]
 fn who_ends_in_order_lets_connections_pass_at_once() {

@@ -217,7 +217,7 @@ struct DrainRequest {
 
 async fn drain_listeners(server: &Arc<Server>, DrainRequest { graceful, skip_exit, inbound_only }: DrainRequest) {
     if !graceful && !skip_exit {
-        return server.state.data_plane.drain_listeners(inbound_only).await;
+        return close_listeners(server, inbound_only).await;
     }
     // A second one is passed over, as by Envoy.
     if !leaving::begin_drain(server.state.drain_time, inbound_only) || skip_exit {
@@ -227,8 +227,16 @@ async fn drain_listeners(server: &Arc<Server>, DrainRequest { graceful, skip_exi
     let server = Arc::clone(server);
     task::spawn(async move {
         tokio::time::sleep(server.state.drain_time).await;
-        server.state.data_plane.drain_listeners(inbound_only).await;
+        close_listeners(&server, inbound_only).await;
     });
+}
+
+async fn close_listeners(server: &Server, inbound_only: bool) {
+    // Pods' connections are not to meet closed listeners, which their failure policies may refuse.
+    if !inbound_only {
+        server.state.data_plane.let_go().await;
+    }
+    server.state.data_plane.drain_listeners(inbound_only).await;
 }
 
 fn response(reply: Reply) -> Response<Body> {

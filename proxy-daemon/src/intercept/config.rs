@@ -303,11 +303,17 @@ impl InterceptionConfig {
 
     /// The listeners that connections are redirected to: the field that names each, and its name.
     pub(crate) fn listeners(&self) -> Vec<(&'static str, &str)> {
-        let of_pods = |direction| !self.interfaces.is_empty() && self.redirects(direction);
-        let outbound =
-            (of_pods(OUTBOUND) || self.host.is_some()).then_some(("outbound_listener", &*self.outbound_listener));
-        let inbound = of_pods(INBOUND).then_some(("inbound_listener", &*self.inbound_listener));
+        let directions = self.redirected();
+        let outbound = (directions & OUTBOUND != 0).then_some(("outbound_listener", &*self.outbound_listener));
+        let inbound = (directions & INBOUND != 0).then_some(("inbound_listener", &*self.inbound_listener));
         outbound.into_iter().chain(inbound).collect()
+    }
+
+    /// The directions in which anybody's connections may be redirected.
+    pub(super) fn redirected(&self) -> u32 {
+        let of_pods = if self.interfaces.is_empty() { 0 } else { self.pods_directions() };
+        let of_host = if self.host.is_some() { OUTBOUND } else { 0 };
+        of_pods | of_host
     }
 
     /// Whether pods' connections may come back over interfaces that are named.
@@ -315,11 +321,11 @@ impl InterceptionConfig {
         !self.interfaces.is_empty() && !self.uplinks.is_empty()
     }
 
-    /// Whether any pod may have connections that go this way.
-    pub(super) fn redirects(&self, direction: u32) -> bool {
+    /// The directions that any pod may be enrolled for.
+    fn pods_directions(&self) -> u32 {
         let selectors = self.enrolment.iter().flat_map(|enrolment| &enrolment.selectors);
         let policies = self.pods.iter().map(|pod| pod.policy).chain(selectors.map(|selector| selector.policy));
-        policies.chain([self.policy]).any(|policy| policy.traffic.bits() & direction != 0)
+        policies.chain([self.policy]).fold(0, |all, policy| all | policy.traffic.bits())
     }
 }
 

@@ -61,6 +61,8 @@ pub(super) enum Event {
 /// A request socket.
 pub(super) struct Netlink {
     socket: Socket,
+    /// Of the last request, by which its answers are known: some of an earlier one that failed may still come.
+    number: u32,
 }
 
 impl Netlink {
@@ -69,7 +71,7 @@ impl Netlink {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
-        Ok(Self { socket })
+        Ok(Self { socket, number: 0 })
     }
 
     /// Every interface.
@@ -110,7 +112,7 @@ impl Netlink {
         message.attributes = vec![RouteAttribute::Destination(address.into())];
         self.send(RouteNetlinkMessage::GetRoute(message), NLM_F_REQUEST)?;
         loop {
-            for answer in receive(&self.socket)? {
+            for answer in self.answers()? {
                 match answer {
                     NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => {
                         return Ok(route.attributes.iter().find_map(|attribute| match attribute {
@@ -166,7 +168,7 @@ impl Netlink {
     }
 
     /// Whether there are filters. They are only counted: this library does not understand all that others make.
-    fn has_filters(&self, message: TcMessage) -> io::Result<bool> {
+    fn has_filters(&mut self, message: TcMessage) -> io::Result<bool> {
         const DONE: u16 = 3;
         const ERROR: u16 = 2;
         self.send(RouteNetlinkMessage::GetTrafficFilter(message), NLM_F_REQUEST | NLM_F_DUMP)?;
@@ -176,7 +178,9 @@ impl Netlink {
             let mut rest = datagram.as_slice();
             while let Some((header, body)) = rest.split_at_checked(16) {
                 let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
+                let number = u32::from_ne_bytes([header[8], header[9], header[10], header[11]]);
                 match u16::from_ne_bytes([header[4], header[5]]) {
+                    _ if number != self.number => {}
                     DONE => return Ok(found),
                     ERROR => {
                         let code = body.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
@@ -193,7 +197,7 @@ impl Netlink {
     fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         self.send(message, NLM_F_REQUEST | NLM_F_ACK | flags)?;
         loop {
-            for answer in receive(&self.socket)? {
+            for answer in self.answers()? {
                 if let NetlinkPayload::Error(error) = answer {
                     return if error.code.is_none() { Ok(()) } else { Err(error.to_io()) };
                 }
@@ -206,7 +210,7 @@ impl Netlink {
         self.send(message, NLM_F_REQUEST | NLM_F_DUMP)?;
         let mut answers = Vec::new();
         loop {
-            for answer in receive(&self.socket)? {
+            for answer in self.answers()? {
                 match answer {
                     NetlinkPayload::InnerMessage(message) => answers.push(message),
                     NetlinkPayload::Done(_) => return Ok(answers),
@@ -217,9 +221,18 @@ impl Netlink {
         }
     }
 
-    fn send(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+    /// The answers to the last request in the next datagram.
+    fn answers(&self) -> io::Result<Vec<NetlinkPayload<RouteNetlinkMessage>>> {
+        let messages = receive(&self.socket)?.into_iter();
+        let own = messages.filter(|message| message.header.sequence_number == self.number);
+        Ok(own.map(|message| message.payload).collect())
+    }
+
+    fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.number = self.number.wrapping_add(1);
         let mut header = NetlinkHeader::default();
         header.flags = flags;
+        header.sequence_number = self.number;
         let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
         message.finalize();
         let mut buffer = vec![0; message.buffer_len()];
@@ -251,7 +264,7 @@ impl Monitor {
         let mut events = Vec::new();
         loop {
             match receive(&self.socket) {
-                Ok(messages) => events.extend(messages.into_iter().filter_map(|message| match message {
+                Ok(messages) => events.extend(messages.into_iter().filter_map(|message| match message.payload {
                     NetlinkPayload::InnerMessage(message) => event_of(message),
                     NetlinkPayload::Overrun(_) => Some(Event::Lost),
                     _ => None,
@@ -273,20 +286,20 @@ impl AsFd for Monitor {
 }
 
 /// Reads one datagram and splits it into messages. A message that this version of the library cannot read is left out.
-fn receive(socket: &Socket) -> io::Result<Vec<NetlinkPayload<RouteNetlinkMessage>>> {
+fn receive(socket: &Socket) -> io::Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {
     let (datagram, _) = socket.recv_from_full()?;
-    let mut payloads = Vec::new();
+    let mut messages = Vec::new();
     let mut rest = datagram.as_slice();
     while let Some(length) = rest.first_chunk::<4>().map(|bytes| u32::from_ne_bytes(*bytes) as usize) {
         if length < 16 || length > rest.len() {
             break;
         }
         if let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&rest[..length]) {
-            payloads.push(message.payload);
+            messages.push(message);
         }
         rest = &rest[length.next_multiple_of(4).min(rest.len())..];
     }
-    Ok(payloads)
+    Ok(messages)
 }
 
 fn event_of(message: RouteNetlinkMessage) -> Option<Event> {

@@ -99,6 +99,8 @@ pub(super) struct State {
     was_followed: bool,
     /// This daemon was told to end.
     ends: bool,
+    /// The rule and the route could not be looked at, or made again, the last time.
+    routing_failed: bool,
     /// Why the rule or the route that others removed is not there again.
     routing_fault: Option<String>,
     /// Why this daemon has not taken over again, although its successor is gone.
@@ -178,6 +180,7 @@ impl State {
             alive: None,
             was_followed: false,
             ends: false,
+            routing_failed: false,
             routing_fault: None,
             succession_fault: None,
             uplink_fault: None,
@@ -214,7 +217,8 @@ impl State {
                     lanes::look_at_both();
                     self.noticed = kernel::note_noticed(&mut self.ebpf)?;
                     let cgroup = path.display();
-                    tracing::info!(%cgroup, noticed = self.noticed, "hops that stay on the node may take the short cut");
+                    let automatic = self.acceleration().automatic;
+                    tracing::info!(%cgroup, automatic, "hops that stay on the node may take the short cut");
                 }
                 Err(withheld) => tracing::warn!(
                     reason_number = withheld.number(),
@@ -238,7 +242,9 @@ impl State {
         self.pods.set(Origin::Bootstrap, bootstrap.collect());
         self.recall()?;
         self.reconcile_pods();
-        let earlier = matches!(&self.method, Method::Tcx(links) if has_entries(links));
+        // Of one that lives, whatever its programs are attached by; of one that died, those that outlive it.
+        let earlier = self.has_predecessor() || matches!(&self.method, Method::Tcx(links) if has_entries(links));
+        let earlier = earlier && self.config.redirected() != 0;
         if earlier {
             tracing::info!("programs of an earlier daemon stay attached until the listeners are there");
             let next = self.config.pin_path.join(NEXT);
@@ -322,8 +328,8 @@ impl State {
     ) -> Result<(), InterceptError> {
         kernel::set_listener(&mut self.ebpf, direction, worker, socket)?;
         self.listening |= direction;
-        let waits_for = [OUTBOUND, INBOUND].into_iter().any(|it| self.config.redirects(it) && self.listening & it == 0);
-        if self.waits.is_some() && !waits_for && !self.ends {
+        let all_listen = self.config.redirected() & !self.listening == 0;
+        if self.waits.is_some() && all_listen && !self.ends {
             self.take_over()?;
         }
         Ok(())
@@ -339,6 +345,7 @@ impl State {
         self.waits.is_none()
             && (!self.was_followed || self.ends)
             && !self.has_predecessor()
+            && !self.routing_failed
             && !self.pods.has_faults()
             && self.unattached.is_empty()
             && self.hooks.iter().all(|hooks| hooks.faults().is_empty())

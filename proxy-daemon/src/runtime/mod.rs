@@ -1,5 +1,6 @@
 //! Workers, and the handle by which the control thread gives them their configuration. See LIFECYCLE.md.
 
+pub mod allocator;
 mod balancing;
 pub(crate) mod clock;
 mod data_plane;

@@ -361,13 +361,9 @@ fn steer(ctx: &TcContext, segment: &Segment) -> bool {
     }
     // SAFETY: not null, and held until it is released.
     let state = unsafe { (*sock).state };
-    if segment.opens && state == TCP_TIME_WAIT && is_ending() {
-        // SAFETY: found above, released once.
-        unsafe { bpf_sk_release(sock.cast()) };
-        return false;
-    }
     if segment.opens && state == TCP_TIME_WAIT {
-        // Goes to its predecessor all the same: see `reopen`.
+        // Goes to its predecessor all the same: see `reopen`. Without listeners that one's answer has the client reset it, and
+        // try again a second later; if the packet passed, the node would find the predecessor and forward nothing to anybody.
         count(Reason::Reopened);
         count_connection(segment, sends_to_daemon(&segment.source));
     }

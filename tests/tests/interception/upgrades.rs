@@ -104,6 +104,13 @@ fn a_daemon_that_drains_refuses_nothing() -> Result<()> {
         ensure!(stage.stat("interception.redirected")? > 0, "not yet");
         Ok(())
     })?;
+    let (lab_load, [url, _]) = (binary_arg("lab-load")?, urls(&stage.far));
+    let load = stage.pod.spawn("lab-load", &[&lab_load, &url, "--new-connections", "-c", "4", "--seconds", "6"])?;
+    let before = stage.stat("interception.redirected")?;
+    wait_until(DEADLINE, "load", || {
+        ensure!(stage.stat("interception.redirected")? > before + 50, "not yet");
+        Ok(())
+    })?;
     daemon.signal(Signal::SIGTERM)?;
     wait_until(DEADLINE, "new connections to pass", || {
         daemon.check_running()?;
@@ -113,6 +120,8 @@ fn a_daemon_that_drains_refuses_nothing() -> Result<()> {
     for url in urls(&stage.far) {
         call(&stage.pod, &url)?;
     }
+    let report: Report = serde_json::from_str(&load.wait(Duration::from_secs(60))?.success()?)?;
+    assert!(report.requests > 100 && report.failed() == 0, "{report:?}");
     daemon.check_running().context("all this was while it drained")?;
     drop(held);
     daemon.wait(DEADLINE)?;

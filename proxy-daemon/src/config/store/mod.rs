@@ -248,14 +248,17 @@ impl<A: Apply> ConfigStore<A> {
         }
     }
 
-    /// Has memory given back after each large update, when what it took has been freed: `give_back` does that for the thread on which it
-    /// is called, which is the one that took the update, and once more the control thread. Runs as long as the process.
-    pub async fn tidy_up(self, give_back: fn()) {
+    /// Has memory given back after each large update, when what it took has been freed, and so often besides: `give_back` does that for
+    /// the thread on which it is called, which is the one that took the update, and once more the control thread. Runs as long as the
+    /// process.
+    pub async fn tidy_up(self, give_back: fn(), every: Duration) {
         let _ = self.0.give_back.set(give_back);
         loop {
-            self.0.large.notified().await;
-            // Answering it takes some more, and another update may follow.
-            tokio::time::sleep(TIDY_AFTER).await;
+            tokio::select! {
+                // Answering it takes some more, and another update may follow.
+                () = self.0.large.notified() => tokio::time::sleep(TIDY_AFTER).await,
+                () = tokio::time::sleep(every) => {}
+            }
             give_back();
         }
     }

@@ -65,6 +65,11 @@ impl State {
                 Err((action, error)) => failed = Some(InterceptError::netlink(action, error)),
             }
         }
+        // What goes well the next time was no fault: the kernel may have been short of memory, or a signal came.
+        let again = std::mem::replace(&mut self.routing_failed, failed.is_some());
+        if failed.is_some() && !again {
+            return None;
+        }
         let fault = failed.as_ref().map(ToString::to_string);
         let known = std::mem::replace(&mut self.routing_fault, fault);
         failed.filter(|_| self.routing_fault != known)

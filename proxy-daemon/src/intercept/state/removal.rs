@@ -30,7 +30,11 @@ impl State {
     }
 
     pub(super) fn others_are_pinned(&self) -> bool {
-        let pinned = self.pinned();
+        self.are_others(&self.pinned())
+    }
+
+    /// Whether the daemons of these numbers are others than this one.
+    pub(super) fn are_others(&self, pinned: &[u32]) -> bool {
         // What is gone, or cannot be read, says nothing of another daemon.
         !pinned.is_empty() && kernel::number(&self.ebpf).is_some_and(|own| !pinned.contains(&own))
     }

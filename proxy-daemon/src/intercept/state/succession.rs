@@ -107,7 +107,7 @@ impl State {
         }
         // A daemon without a mark is of a release that made none: it is taken to live.
         let is_gone = |number: &u32| Lease::take(&self.mark_of(*number)).is_ok_and(|lease| lease.is_held());
-        kernel::number(&self.ebpf).is_some_and(|own| !pinned.contains(&own)) && pinned.iter().all(is_gone)
+        self.are_others(&pinned) && pinned.iter().all(is_gone)
     }
 
     fn take_back(&mut self) -> Result<(), InterceptError> {
@@ -133,7 +133,15 @@ impl State {
     pub(in crate::intercept) fn hand_back(&mut self) -> bool {
         self.ends = true;
         self.alive = None;
-        self.took_over && self.has_predecessor()
+        // The oldest of three has no predecessor, but the one in the middle may serve.
+        self.took_over && (self.has_predecessor() || self.others_live())
+    }
+
+    /// Whether another daemon that has taken over once lives, and was not told to end.
+    fn others_live(&self) -> bool {
+        let own = self.own_mark();
+        let mut others = marks(&self.config.pin_path).filter(|mark| Some(mark) != own.as_ref());
+        others.any(|mark| Lease::take(&mark).is_ok_and(|lease| !lease.is_held()))
     }
 
     /// Has new connections go their own way, unless it is another daemon that they go to.
@@ -147,10 +155,14 @@ impl State {
 /// Removes the marks of daemons that are gone.
 pub(super) fn remove_stale_marks(pin_path: &Path) {
     let is_stale = |mark: &Path| Lease::take(mark).is_ok_and(|lease| lease.is_held());
-    let entries = fs::read_dir(pin_path).into_iter().flatten().filter_map(Result::ok);
-    let marks = entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(MARK.as_bytes()));
-    for mark in marks.map(|entry| entry.path()).filter(|mark| is_stale(mark)) {
+    for mark in marks(pin_path).filter(|mark| is_stale(mark)) {
         // What is left is in nobody's way.
         let _ = fs::remove_dir(mark);
     }
+}
+
+fn marks(pin_path: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(pin_path).into_iter().flatten().filter_map(Result::ok);
+    let marks = entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(MARK.as_bytes()));
+    marks.map(|entry| entry.path())
 }
