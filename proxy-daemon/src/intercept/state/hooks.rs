@@ -116,8 +116,8 @@ impl State {
         let before = self.commanded_cgroups.clone();
         let wanted = before.iter().chain([&path]).cloned().collect();
         self.command_cgroups(wanted)?;
-        let faults = self.hooks.iter().filter(|hooks| hooks.role() == Role::Host).flat_map(Hooks::faults);
-        let fault = faults.cloned().find(|fault| fault.contains(&*path.to_string_lossy()));
+        let mut faults = self.hooks.iter().filter(|hooks| hooks.role() == Role::Host).flat_map(Hooks::faults);
+        let fault = faults.find(|fault| fault.contains(&*path.to_string_lossy())).cloned();
         if let Some(fault) = fault {
             self.command_cgroups(before)?;
             return refuse(fault);
