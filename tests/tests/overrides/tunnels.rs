@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -235,7 +235,7 @@ fn after_a_crash_nobody_listens_at_ports_that_may_be_anothers() -> Result<()> {
         tunnel.until_said("requests come in ")?;
     }
     for port in [first, first + 1] {
-        let error = std::net::TcpStream::connect(("127.0.0.1", port)).expect_err("nobody may be there");
+        let error = TcpStream::connect(("127.0.0.1", port)).expect_err("nobody may be there");
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused, "{port}");
     }
     assert_eq!(mesh.discovery.status()?["tunnels"], json!([]));
@@ -243,6 +243,41 @@ fn after_a_crash_nobody_listens_at_ports_that_may_be_anothers() -> Result<()> {
     for name in ["me", "bob", "me"] {
         assert_eq!(mesh.revision(&headers(name)?)?, "main", "{name}");
     }
+    Ok(())
+}
+
+/// A network that is lost closes nothing: a client is back before discovery knows, and there is one port only.
+#[test]
+fn a_client_that_is_not_missed_yet_has_its_port_again() -> Result<()> {
+    let mesh = Mesh::start()?;
+    let token = std::fs::read_to_string(&mesh.discovery.token_file)?;
+    let begin = |session: &str| -> Result<(TcpStream, String)> {
+        let mut stream = TcpStream::connect(("127.0.0.1", mesh.discovery.http))?;
+        stream.set_read_timeout(Some(DEADLINE))?;
+        write!(
+            stream,
+            "GET /overrides/tunnels HTTP/1.1\r\nhost: discovery\r\nconnection: upgrade\r\nupgrade: culvert-tunnel\r\n\
+             authorization: Bearer {}\r\nx-culvert-service: users\r\nx-culvert-revision: me\r\nx-culvert-session: \
+             {session}\r\nx-culvert-tunnel-port: 0\r\n\r\n",
+            token.trim()
+        )?;
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte)?;
+            head.extend(byte);
+        }
+        Ok((stream, String::from_utf8(head)?.to_lowercase()))
+    };
+    let port =
+        |head: &str| head.lines().find_map(|line| Some(line.strip_prefix("x-culvert-tunnel-port: ")?.to_owned()));
+    let (_first, head) = begin("one")?;
+    let before = port(&head).context(head)?;
+    let (_second, head) = begin("one")?;
+    ensure!(head.starts_with("http/1.1 101") && port(&head).as_ref() == Some(&before), "{before}: {head}");
+    // Another one is not it.
+    let (_, head) = begin("two")?;
+    ensure!(head.starts_with("http/1.1 409"), "{head}");
     Ok(())
 }
 
