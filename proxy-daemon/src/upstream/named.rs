@@ -8,11 +8,14 @@ use std::{
 use super::WorkerCluster;
 use crate::stats::{Counter, Histogram};
 
-/// By what follows the cluster's name. Few clusters have any histograms.
+/// By what follows the cluster's name.
+type ByName<T> = RefCell<HashMap<Box<str>, T>>;
+
+/// What has been counted. Few clusters have any histograms.
 #[derive(Default)]
 pub(super) struct Named {
-    counters: RefCell<HashMap<Box<str>, Counter>>,
-    histograms: OnceCell<Box<RefCell<HashMap<Box<str>, Histogram>>>>,
+    counters: ByName<Counter>,
+    histograms: OnceCell<Box<ByName<Histogram>>>,
 }
 
 impl WorkerCluster {
