@@ -293,7 +293,7 @@ pub const MAX_FRAGMENTED: usize = 4_096;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FragmentKey {
-    /// IPv4 addresses: TCP over IPv6 knows no pieces.
+    /// IPv4 addresses: pieces of IPv6 packets are counted and pass.
     pub source: [u8; 4],
     /// Likewise.
     pub destination: [u8; 4],

@@ -8,17 +8,25 @@ use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
 
 use super::node_addresses;
 use super::sock_diag::{self, Found, SockDiag};
 
-/// Ends them, and counts.
+/// So often it is tried for the same addresses.
+const TRIES: u32 = 10;
+
+/// Ends them, and counts. In a thread of its own: all the node's sockets are looked through, and there may be many.
 #[derive(Default)]
 pub(super) struct Departed {
     /// The addresses of pods that are gone.
     addresses: HashSet<IpAddr>,
-    /// How many connections were ended.
-    pub(super) ended: u64,
+    /// How often it has failed for them.
+    tries: u32,
+    at_work: Option<JoinHandle<Result<(), (HashSet<IpAddr>, io::Error)>>>,
+    ended: Arc<AtomicU64>,
     /// It was said that this does not work.
     complained: bool,
 }
@@ -29,33 +37,52 @@ impl Departed {
         self.addresses.extend(addresses);
     }
 
-    /// Ends the connections of those that were noted. To be called in the node's network namespace.
+    /// How many connections were ended.
+    pub(super) fn ended(&self) -> u64 {
+        self.ended.load(Ordering::Relaxed)
+    }
+
+    /// Begins to end the connections of those that were noted, or to do so again where it has failed. To be called now and then, in the
+    /// node's network namespace.
     pub(super) fn end(&mut self) {
-        if self.addresses.is_empty() {
+        if let Some(done) = self.at_work.take_if(|thread| thread.is_finished()) {
+            match done.join() {
+                Ok(Ok(())) | Err(_) => self.tries = 0,
+                Ok(Err((addresses, error))) => self.failed(addresses, &error),
+            }
+        }
+        if self.addresses.is_empty() || self.at_work.is_some() {
             return;
         }
-        let addresses = std::mem::take(&mut self.addresses);
-        let diag = SockDiag::open(nix::libc::IPPROTO_TCP as u8);
-        match diag.and_then(|diag| end(&diag, &addresses)) {
-            Ok(0) => {}
-            Ok(connections) => {
-                self.ended += connections;
-                tracing::debug!(connections, ?addresses, "connections of pods that are gone were ended");
-            }
-            Err(error) if !std::mem::replace(&mut self.complained, true) => tracing::warn!(
+        let (addresses, ended) = (std::mem::take(&mut self.addresses), Arc::clone(&self.ended));
+        let work = move || end(&addresses, &ended).map_err(|error| (addresses, error));
+        match std::thread::Builder::new().name("intercept-gone".to_owned()).spawn(work) {
+            Ok(thread) => self.at_work = Some(thread),
+            Err(error) => self.failed(HashSet::new(), &error),
+        }
+    }
+
+    fn failed(&mut self, addresses: HashSet<IpAddr>, error: &io::Error) {
+        self.tries += 1;
+        if self.tries < TRIES {
+            self.addresses.extend(addresses);
+        }
+        if !std::mem::replace(&mut self.complained, true) {
+            tracing::warn!(
                 %error,
                 "connections of pods that are gone cannot be ended, and last until their idle timeouts; this needs \
                  CONFIG_INET_DIAG_DESTROY"
-            ),
-            Err(_) => {}
+            );
         }
     }
 }
 
-/// Says how many.
-fn end(diag: &SockDiag, addresses: &HashSet<IpAddr>) -> io::Result<u64> {
+/// Ends what can be ended, and counts it; the first error is told.
+fn end(addresses: &HashSet<IpAddr>, ended: &AtomicU64) -> io::Result<()> {
+    let diag = SockDiag::open(nix::libc::IPPROTO_TCP as u8)?;
     let mut own = None;
-    let mut ended = 0;
+    let mut failed = None;
+    let before = ended.load(Ordering::Relaxed);
     for socket in diag.list()? {
         let (local, remote) = (socket.local().0, socket.remote().0);
         if !addresses.contains(&local) && !addresses.contains(&remote) {
@@ -67,12 +94,16 @@ fn end(diag: &SockDiag, addresses: &HashSet<IpAddr>) -> io::Result<u64> {
             continue;
         }
         match diag.destroy(&socket) {
-            Ok(()) => ended += 1,
+            Ok(()) => _ = ended.fetch_add(1, Ordering::Relaxed),
             Err(error) if is_over(&socket, &error) => {}
-            Err(error) => return Err(error),
+            Err(error) => _ = failed.get_or_insert(error),
         }
     }
-    Ok(ended)
+    let connections = ended.load(Ordering::Relaxed) - before;
+    if connections > 0 {
+        tracing::debug!(connections, ?addresses, "connections of pods that are gone were ended");
+    }
+    failed.map_or(Ok(()), Err)
 }
 
 /// Kernels before 6.6 do not forget before its time what has been closed.

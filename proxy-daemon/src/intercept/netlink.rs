@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 
 use culvert_proxy_ebpf::LinkAddress;
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{InfoKind, InfoPortKind, LinkAttribute, LinkInfo, LinkMessage};
@@ -24,6 +25,9 @@ const RTNLGRP_IPV6_IFADDR: u32 = 9;
 
 /// Where the rule stands: after the kernel's own `local` (0) and before what network plugins usually add.
 const RULE_PRIORITY: u32 = 100;
+
+/// So often a listing is asked for that changes while it is made.
+const LISTINGS: u32 = 10;
 
 /// Space for events while the reader is busy; an overflow costs a full listing.
 const EVENT_BUFFER: usize = 1 << 20;
@@ -113,7 +117,7 @@ impl Netlink {
         self.send(RouteNetlinkMessage::GetRoute(message), NLM_F_REQUEST)?;
         loop {
             for answer in self.answers()? {
-                match answer {
+                match answer.payload {
                     NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => {
                         return Ok(route.attributes.iter().find_map(|attribute| match attribute {
                             RouteAttribute::Oif(index) => Some(*index),
@@ -198,22 +202,34 @@ impl Netlink {
         self.send(message, NLM_F_REQUEST | NLM_F_ACK | flags)?;
         loop {
             for answer in self.answers()? {
-                if let NetlinkPayload::Error(error) = answer {
+                if let NetlinkPayload::Error(error) = answer.payload {
                     return if error.code.is_none() { Ok(()) } else { Err(error.to_io()) };
                 }
             }
         }
     }
 
-    /// Sends a request for a listing and collects it.
+    /// Sends a request for a listing and collects it. One during which something changed may lack what was there all the time: it is
+    /// asked for again.
     fn dump(&mut self, message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+        for _ in 0..LISTINGS {
+            if let Some(answers) = self.try_dump(message.clone())? {
+                return Ok(answers);
+            }
+        }
+        Err(io::Error::new(io::ErrorKind::Interrupted, "it changes too fast to be listed"))
+    }
+
+    /// Likewise; none if it changed meanwhile.
+    fn try_dump(&mut self, message: RouteNetlinkMessage) -> io::Result<Option<Vec<RouteNetlinkMessage>>> {
         self.send(message, NLM_F_REQUEST | NLM_F_DUMP)?;
-        let mut answers = Vec::new();
+        let (mut answers, mut has_changed) = (Vec::new(), false);
         loop {
-            for answer in self.answers()? {
-                match answer {
+            for NetlinkMessage { header, payload, .. } in self.answers()? {
+                has_changed |= header.flags & NLM_F_DUMP_INTR != 0;
+                match payload {
                     NetlinkPayload::InnerMessage(message) => answers.push(message),
-                    NetlinkPayload::Done(_) => return Ok(answers),
+                    NetlinkPayload::Done(_) => return Ok((!has_changed).then_some(answers)),
                     NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
                     _ => {}
                 }
@@ -222,10 +238,10 @@ impl Netlink {
     }
 
     /// The answers to the last request in the next datagram.
-    fn answers(&self) -> io::Result<Vec<NetlinkPayload<RouteNetlinkMessage>>> {
-        let messages = receive(&self.socket)?.into_iter();
-        let own = messages.filter(|message| message.header.sequence_number == self.number);
-        Ok(own.map(|message| message.payload).collect())
+    fn answers(&self) -> io::Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {
+        let mut messages = receive(&self.socket)?;
+        messages.retain(|message| message.header.sequence_number == self.number);
+        Ok(messages)
     }
 
     fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {

@@ -403,7 +403,7 @@ impl State {
         let withheld = self.sock_layout.as_ref().err().map_or(0, Withheld::number);
         counters.push(("interception.acceleration.withheld", withheld.into()));
         counters.extend(self.pods.counts());
-        counters.push(("interception.ended_connections", self.departed.ended));
+        counters.push(("interception.ended_connections", self.departed.ended()));
         counters
     }
 

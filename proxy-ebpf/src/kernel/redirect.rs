@@ -180,11 +180,16 @@ fn count_connection(segment: &Segment, outbound: bool) {
 
 #[inline(always)]
 fn count_bytes(ctx: &TcContext, segment: &Segment, sent: bool, received: bool) {
+    count_bytes_between(ctx, sent.then_some(&segment.source), received.then_some(&segment.destination));
+}
+
+#[inline(always)]
+fn count_bytes_between(ctx: &TcContext, sender: Option<&Address>, receiver: Option<&Address>) {
     let bytes = u64::from(ctx.len());
-    if sent && let Some(counters) = pod_counters(&segment.source) {
+    if let Some(counters) = sender.and_then(pod_counters) {
         counters.bytes_sent += bytes;
     }
-    if received && let Some(counters) = pod_counters(&segment.destination) {
+    if let Some(counters) = receiver.and_then(pod_counters) {
         counters.bytes_received += bytes;
     }
 }
@@ -259,28 +264,35 @@ fn not_ours(ctx: &TcContext, why: NotOurs) -> i32 {
 /// the ports, and the others are known by it. (One that comes before the first passes, and the packet is sent again.)
 #[inline(always)]
 fn fragment(ctx: &TcContext) -> i32 {
-    let is_ours = match piece(ctx) {
-        None => false,
-        Some((key, _)) if !is_enrolled(&v4_mapped(key.source)) && !is_enrolled(&v4_mapped(key.destination)) => false,
-        Some((key, false)) => FRAGMENTS.get_ptr(key).is_some(),
-        Some((key, true)) => {
-            let is_ours = first_piece(ctx).is_some_and(|segment| is_open(ctx, &segment));
-            if is_ours {
-                let _ = FRAGMENTS.insert(key, 1, 0);
-            } else {
-                // The number is used again.
-                let _ = FRAGMENTS.remove(key);
-            }
-            is_ours
-        }
-    };
-    if !is_ours || !lead_up(ctx) {
+    let Some((source, destination)) = ends_of_our_piece(ctx).filter(|_| lead_up(ctx)) else {
         count(Reason::PassedFragment);
         return UNTOUCHED;
-    }
+    };
     count(Reason::Steered);
+    count_bytes_between(ctx, Some(&source), Some(&destination));
     ctx.set_mark(mark());
     TC_ACT_OK
+}
+
+/// The addresses of a piece that belongs to one of the daemon's connections.
+#[inline(always)]
+fn ends_of_our_piece(ctx: &TcContext) -> Option<(Address, Address)> {
+    let (key, is_first) = piece(ctx)?;
+    let ends = (v4_mapped(key.source), v4_mapped(key.destination));
+    if !is_enrolled(&ends.0) && !is_enrolled(&ends.1) {
+        return None;
+    }
+    if !is_first {
+        return FRAGMENTS.get_ptr(key).map(|_| ends);
+    }
+    if first_piece(ctx).is_some_and(|segment| is_open(ctx, &segment)) {
+        let _ = FRAGMENTS.insert(key, 1, 0);
+        Some(ends)
+    } else {
+        // The number is used again.
+        let _ = FRAGMENTS.remove(key);
+        None
+    }
 }
 
 /// Whether this host has a socket, which does not listen, with the packet's addresses and ports.
@@ -410,13 +422,15 @@ fn offer_to_worker(ctx: &TcContext, is_ipv6: bool, direction: u32) -> bool {
 /// Gives the packet to a socket, and marks it so that routing delivers it to this host.
 #[inline(always)]
 fn assign_and_release(ctx: &TcContext, sock: *mut bpf_sock) -> bool {
+    // First: a packet that has its socket, and passes all the same, would be forwarded to nobody.
+    let led = lead_up(ctx);
     // SAFETY: the caller looked the socket up and holds it; it is released once, here.
     let result = unsafe {
-        let result = bpf_sk_assign(ctx.as_ptr(), sock.cast(), 0);
+        let result = if led { bpf_sk_assign(ctx.as_ptr(), sock.cast(), 0) } else { -1 };
         bpf_sk_release(sock.cast());
         result
     };
-    if result != 0 || !lead_up(ctx) {
+    if result != 0 {
         count(Reason::AssignFailed);
         return false;
     }

@@ -140,15 +140,14 @@ impl State {
     }
 
     /// Which program an interface gets, if any. A pods' bridge gets none itself: its ports do, over which pods send to each other too.
-    fn direction_on(&mut self, link: &Link) -> Option<Direction> {
+    fn direction_on(&self, link: &Link) -> Option<Direction> {
         let named = direction_of(&self.config, &link.name);
         if link.is_bridge {
             return named.filter(|direction| *direction == Direction::Inbound);
         }
         named.or_else(|| {
-            let index = link.bridge?;
-            let bridge = self.netlink.links().ok()?.into_iter().find(|it| it.index == index)?;
-            direction_of(&self.config, &bridge.name).filter(|direction| *direction == Direction::Outbound)
+            let bridge = nix::net::if_::if_indextoname(link.bridge?).ok()?;
+            direction_of(&self.config, bridge.to_str().ok()?).filter(|direction| *direction == Direction::Outbound)
         })
     }
 
