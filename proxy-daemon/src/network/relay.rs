@@ -167,7 +167,9 @@ struct Broken {
 
 impl Broken {
     fn new(side: Side, error: &io::Error) -> Broken {
-        Broken { side, reset: error.kind() == io::ErrorKind::ConnectionReset }
+        // Aborted: the daemon itself has ended connections of a pod that is gone.
+        let reset = matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted);
+        Broken { side, reset }
     }
 }
 

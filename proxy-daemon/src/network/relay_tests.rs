@@ -103,3 +103,11 @@ fn tells_which_side_broke() {
         assert_eq!(ended, Ended::Upstream);
     });
 }
+
+/// A connection of a pod that is gone does not look whole to the other side.
+#[test]
+fn what_was_ended_is_passed_on_as_a_reset() {
+    let is_reset = |kind: io::ErrorKind| Broken::new(Side::Read, &kind.into()).reset;
+    assert!(is_reset(io::ErrorKind::ConnectionReset) && is_reset(io::ErrorKind::ConnectionAborted));
+    assert!(!is_reset(io::ErrorKind::BrokenPipe));
+}
