@@ -191,6 +191,54 @@ spec:
         assert!(error.contains("cannot read") && error.contains("none.yaml"), "{error}");
     }
 
+    /// That what a manifest has is in the definition that the API server goes by, which refuses or drops what is not.
+    fn assert_defined(value: &serde_json::Value, schema: &serde_json::Value, path: &str) {
+        assert!(schema.is_object(), "{path} is not in servicemanifests.yaml");
+        for (name, field) in value.as_object().into_iter().flatten() {
+            assert_defined(field, &schema["properties"][name], &format!("{path}.{name}"));
+        }
+        for item in value.as_array().into_iter().flatten() {
+            assert_defined(item, &schema["items"], &format!("{path}[]"));
+        }
+    }
+
+    /// Readers copy them.
+    #[test]
+    fn manifests_in_the_docs_are_good() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let definition = read(&root.join("deploy/kubernetes/servicemanifests.yaml")).unwrap();
+        let definition: serde_json::Value = serde_saphyr::from_str(&definition).unwrap();
+        let version = &definition["spec"]["versions"][0];
+        let spec = &version["schema"]["openAPIV3Schema"]["properties"]["spec"];
+        let api_version =
+            format!("{}/{}", definition["spec"]["group"].as_str().unwrap(), version["name"].as_str().unwrap());
+        let directory = tempfile::tempdir().unwrap();
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(root.join("docs")).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            // Fences are at odd places; those in a list are indented with what they hold.
+            for block in read(&path).unwrap().split("```").skip(1).step_by(2) {
+                let Some(block) = block.strip_prefix("yaml\n").filter(|it| it.contains("kind: ServiceManifest")) else {
+                    continue;
+                };
+                let Outcome { text, code } = check(&[file(&directory, "block.yaml", block)]).unwrap();
+                assert!(code == 0 && text.ends_with(" OK, 1 with policy\n"), "{name}: {text}{block}");
+                let manifest: serde_json::Value = serde_saphyr::from_str(block).unwrap();
+                assert_eq!(manifest["apiVersion"], *api_version, "{name}: {block}");
+                assert_defined(&manifest["spec"], spec, "spec");
+                found.push(name.clone());
+            }
+        }
+        assert_eq!(found, ["discovery.md"; 2]);
+        // One of a version that there is not does not pass for something that is somebody else's.
+        let later = file(&directory, "later.yaml", &GOOD.replace("v1alpha1", "v1"));
+        let Outcome { text, code } = check(&[later]).unwrap();
+        let expected =
+            "there is no kind ServiceManifest of culvert.dev/v1; culvert has ServiceManifest of culvert.dev/v1alpha1";
+        assert!(code == REFUSED && text.contains(expected), "{text}");
+    }
+
     /// What is rendered is what a culvertd takes: all of it, or this fails.
     #[test]
     fn what_is_rendered_is_accepted_by_the_daemon() {

@@ -33,6 +33,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A longer pause that a server asks for is not kept: it may not have meant it.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(30);
+/// How long a watch that works again is silent when it has told all that was missed.
+const LULL: Duration = Duration::from_secs(1);
 /// A stream that lived that long was a good one.
 const GOOD_LIFE: Duration = Duration::from_secs(5);
 /// After that many failures in a row at one place everything is read anew.
@@ -57,7 +59,7 @@ pub trait Objects: Send + Sync + 'static {
     fn add(&self, object: &Object<'_>);
     /// Forgets an object.
     fn remove(&self, object: &Object<'_>);
-    /// Notes that objects can be read again, after `fails`.
+    /// Notes that objects can be read again, after `fails`, and that what was missed meanwhile has been told.
     fn works(&self);
     /// Notes that they cannot, and why.
     fn fails(&self, error: &str);
@@ -322,7 +324,8 @@ impl<O: Objects> Watch<O> {
             }
         }
         self.objects.replace(picture);
-        self.follow_lines(lines).await
+        let whole = self.version.clone();
+        self.follow_lines(lines, whole).await
     }
 
     /// Follows changes from a version on, unless the server is not that far: one that was restored from a copy takes versions that it
@@ -334,14 +337,20 @@ impl<O: Objects> Watch<O> {
         }
         let version = utf8_percent_encode(version, NON_ALPHANUMERIC);
         let response = self.access.get(&self.watch_path(&format!("resourceVersion={version}"))).await?;
-        self.follow_lines(Lines::new(response.into_body())).await
+        self.follow_lines(Lines::new(response.into_body()), now).await
     }
 
     /// After a failure, that objects can be read again is shown by an event, or by a watch that lives for a while on a server that answers:
-    /// lists alone may be all that works.
-    async fn follow_lines(&mut self, mut lines: Lines) -> Result<(), Broken> {
+    /// lists alone may be all that works. Events that were missed come first, and there may be many: those are over with what is as new as
+    /// `now`, the server's version when the watch began, with a bookmark, or when nothing more comes for a moment.
+    async fn follow_lines(&mut self, mut lines: Lines, now: Option<String>) -> Result<(), Broken> {
+        let mut heard = false;
         loop {
-            let silence = if self.failing { GOOD_LIFE } else { SILENCE };
+            let silence = match (self.failing, heard) {
+                (false, _) => SILENCE,
+                (true, false) => GOOD_LIFE,
+                (true, true) => LULL,
+            };
             let line = match lines.next(silence).await {
                 Ok(Some(line)) => line,
                 Ok(None) => return Ok(()),
@@ -361,7 +370,10 @@ impl<O: Objects> Watch<O> {
                 _ => return Err(failure(&event)),
             }
             if object.foreign.is_none() {
-                self.works();
+                heard = true;
+                if event.kind == "BOOKMARK" || has_reached(seen.metadata.resource_version.as_deref(), now.as_deref()) {
+                    self.works();
+                }
             }
             self.note_version(&seen);
         }
@@ -399,8 +411,17 @@ impl<O: Objects> Watch<O> {
 
 /// Whether a version is an earlier one. Those of Kubernetes' own API servers are numbers; of others nothing is known.
 fn is_before(version: Option<&str>, other: &str) -> bool {
-    let number = |version: &str| version.parse::<u128>().ok();
-    version.and_then(number).zip(number(other)).is_some_and(|(version, other)| version < other)
+    numbers(version, Some(other)).is_some_and(|(version, other)| version < other)
+}
+
+/// Whether a version is another one or a later one; `false` where that is not known.
+fn has_reached(version: Option<&str>, other: Option<&str>) -> bool {
+    numbers(version, other).is_some_and(|(version, other)| version >= other)
+}
+
+fn numbers(version: Option<&str>, other: Option<&str>) -> Option<(u128, u128)> {
+    let number = |version: &str| version.parse().ok();
+    version.and_then(number).zip(other.and_then(number))
 }
 
 fn nonsense(text: String) -> Broken {
@@ -442,6 +463,14 @@ fn pause(failures: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_missed_is_over_with_the_version_that_was_the_newest() {
+        let reached = |version, now| has_reached(version, now);
+        assert!(reached(Some("10"), Some("9")) && reached(Some("10"), Some("10")) && !reached(Some("9"), Some("10")));
+        // Of others than numbers nothing is known.
+        assert!(!reached(Some("b"), Some("a")) && !reached(Some("10"), None) && !reached(None, Some("10")));
+    }
 
     #[test]
     fn pauses_grow_up_to_a_limit_and_differ() {

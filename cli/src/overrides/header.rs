@@ -1,7 +1,6 @@
 //! `culvert override header`: makes the headers.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail, ensure};
@@ -30,7 +29,7 @@ revision that discovery does not list is ignored, and so is what the mesh or the
 shows what can be named, `culvert override explain` what would be done; docs/overrides.md has the format.";
 
 /// Without `--expires`, what is signed ends after this, in seconds.
-const SIGNED_FOR: u64 = 3600;
+pub(super) const SIGNED_FOR: u64 = 3600;
 /// How long a signed header may hold where daemons are told nothing else, in seconds.
 const SIGNED_AT_MOST: u64 = 86_400;
 /// How long any header may hold, in seconds: as long as a share.
@@ -255,9 +254,13 @@ fn message(flags: &HeaderFlags) -> anyhow::Result<Overrides> {
         None => message,
     };
     let Some((id, file)) = &flags.sign_key else { return Ok(message) };
-    let file = PathBuf::from(file);
-    let key = std::fs::read(&file).with_context(|| format!("--sign-key: cannot read {}", file.display()))?;
-    message.sign(id, key_of_file(&key)).context("--sign-key")
+    message.sign(id, &read_key(file)?).context("--sign-key")
+}
+
+/// The key in a file.
+pub(super) fn read_key(file: &str) -> anyhow::Result<Vec<u8>> {
+    let key = std::fs::read(file).with_context(|| format!("--sign-key: cannot read {file}"))?;
+    Ok(key_of_file(&key).to_vec())
 }
 
 /// The flag that asked for a field of what is said of a service, as it was given; the first one of that service if no flag is the field's.
@@ -297,7 +300,7 @@ pub(super) fn parse_set(text: &str) -> Result<(String, String), String> {
     }
 }
 
-fn parse_key(text: &str) -> Result<(String, String), String> {
+pub(super) fn parse_key(text: &str) -> Result<(String, String), String> {
     parse_set(text).map_err(|_| "expected ID=FILE, for example 2026-11=/etc/culvert/keys/2026-11".to_owned())
 }
 

@@ -44,7 +44,11 @@ pub fn run(flags: &ListFlags) -> anyhow::Result<String> {
     let found = deployments(&status, flags.service.as_deref());
     let shown = || match found.is_empty() {
         true => nothing(&status, flags.service.as_deref()),
-        false => text(&found, table::terminal_width()),
+        false => {
+            // Somebody else's branch is no sign that one's own is well.
+            let reasons = flags.service.as_deref().map(|service| reasons(&status, Some(service))).unwrap_or_default();
+            text(&found, table::terminal_width()) + &reasons
+        }
     };
     Ok(flags.from.print(&Value::Array(found.clone()), shown))
 }
@@ -61,9 +65,7 @@ fn deployments(status: &Value, service: Option<&str>) -> Vec<Value> {
     let mut found: BTreeMap<[String; 3], Deployment> = BTreeMap::new();
     for port in list(&status["services"]) {
         let name = cell(&port["envoy_cluster"]);
-        let full = name.rsplit_once(':').map_or(&*name, |(full, _)| full);
-        let short = full.split_once('.').map_or(full, |(short, _)| short);
-        if service.is_some_and(|wanted| ![&*name, full, short].contains(&wanted)) {
+        if service.is_some_and(|wanted| !is_meant(wanted, &name)) {
             continue;
         }
         for endpoint in list(&port["offloaded"]) {
@@ -86,6 +88,27 @@ fn deployments(status: &Value, service: Option<&str>) -> Vec<Value> {
     found.into_iter().map(deployment).collect()
 }
 
+/// Whether a service's name (name, name.namespace or name.namespace:port) means the port of this name.
+fn is_meant(wanted: &str, name: &str) -> bool {
+    let full = full_name(name);
+    [name, full, full.split_once('.').map_or(full, |(short, _)| short)].contains(&wanted)
+}
+
+/// The service's name in that of a port.
+fn full_name(name: &str) -> &str {
+    name.rsplit_once(':').map_or(name, |(full, _)| full)
+}
+
+/// Whether what is wrong with a pod may be why it is not listed as a revision of a service: of those of its namespace only.
+fn may_concern(warning: &str, name: &str) -> bool {
+    let namespace = warning.strip_prefix("Pod ").and_then(|rest| rest.split_once('/')).map(|(namespace, _)| namespace);
+    // One that clusters do not have together is `users.default.east`.
+    let mut parts = full_name(name).split('.');
+    let (service, of) = (parts.next().unwrap_or_default(), parts.next());
+    let named = warning.split_once(" of Service ").and_then(|(_, rest)| rest.split(' ').next()?.split_once('/'));
+    namespace.is_some() && namespace == of && named.is_none_or(|(_, named)| named == service)
+}
+
 /// What to do where nothing is listed; and what is wrong of all that may be the reason.
 fn nothing(status: &Value, service: Option<&str>) -> String {
     let of = service.map(|name| format!(" of {name}")).unwrap_or_default();
@@ -93,7 +116,19 @@ fn nothing(status: &Value, service: Option<&str>) -> String {
         "nothing{of} is offloaded; a pod with the labels culvert.dev/offloaded: \"true\" and culvert.dev/revision: NAME is, once it is \
          ready, and so is what `culvert override connect` offers\n"
     );
-    let warnings = list(&status["warnings"]).iter().map(cell).filter(|warning| warning.starts_with("Pod "));
+    text.push_str(&reasons(status, service));
+    text
+}
+
+/// What may keep pods from being listed, as revisions of any service or of one.
+fn reasons(status: &Value, service: Option<&str>) -> String {
+    let ports: Vec<_> = list(&status["services"]).iter().map(|port| cell(&port["envoy_cluster"])).collect();
+    let concerns = |warning: &String| match service {
+        Some(service) => ports.iter().any(|name| is_meant(service, name) && may_concern(warning, name)),
+        None => warning.starts_with("Pod "),
+    };
+    let mut text = String::new();
+    let warnings = list(&status["warnings"]).iter().map(cell).filter(concerns);
     let reasons: Vec<_> = status::unread(status).into_iter().chain(warnings).collect();
     if !reasons.is_empty() {
         text.push_str("what may keep one from being listed (`culvert status` has all problems):\n");
@@ -182,5 +217,25 @@ mod tests {
             (lines[4], lines.last()),
             ("  Pod default/p0 in cluster east has no container port", Some(&"  and 3 more"))
         );
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_service_s_pods_is_told_beside_those_that_are_listed() {
+        let mut status = status();
+        status["warnings"] = json!([
+            "Pod default/y in cluster east has no container port that port 80 of Service default/users names",
+            "Pod default/e in cluster east has no container port that port 7 of Service default/echo names",
+            "Pod default/z in cluster east is offloaded but has no label or annotation culvert.dev/revision: no request can reach it",
+            "Pod shop/z in cluster east is offloaded but has no label or annotation culvert.dev/revision: no request can reach it",
+            "Service default/users is something else",
+        ]);
+        let told = |service| {
+            let text = reasons(&status, Some(service));
+            text.lines().skip(1).map(|line| line.split(' ').nth(3).unwrap().to_owned()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(told("users"), "default/y default/z");
+        assert_eq!(told("echo.default:7"), "default/e default/z");
+        assert_eq!(told("front.shop"), "shop/z");
+        assert_eq!(told("nobody"), "");
     }
 }

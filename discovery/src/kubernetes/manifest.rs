@@ -27,6 +27,20 @@ pub enum ManifestError {
         /// What is missing.
         reason: &'static str,
     },
+    /// A document is an object of culvert's own, of a kind or a version that there is not.
+    #[error(
+        "document {document}: there is no kind {kind} of {api_version}; culvert has {} of {}",
+        ServiceManifest::KIND,
+        ServiceManifest::API_VERSION
+    )]
+    NotKnown {
+        /// Position in the file, from 1.
+        document: usize,
+        /// What it says.
+        api_version: String,
+        /// What it says.
+        kind: String,
+    },
     /// A field of an object is wrong.
     #[error("{object}: {field}: {reason}")]
     Field {
@@ -112,11 +126,20 @@ fn add_document(document: Value, position: usize, objects: &mut Objects) -> Resu
         (Node::API_VERSION, Node::KIND) => add::<Node>(document, objects),
         (Secret::API_VERSION, Secret::KIND) => add::<Secret>(document, objects),
         (ServiceManifest::API_VERSION, ServiceManifest::KIND) => add::<ServiceManifest>(document, objects),
+        // Somebody wants it to hold: one of a later version, or misspelt.
+        _ if group(&api_version) == group(ServiceManifest::API_VERSION) => {
+            Err(ManifestError::NotKnown { document: position, api_version, kind })
+        }
         _ => {
             debug!(%api_version, %kind, "passed over an object of a kind that is not needed");
             Ok(())
         }
     }
+}
+
+/// The group of an apiVersion.
+fn group(api_version: &str) -> &str {
+    api_version.split('/').next().unwrap_or_default()
 }
 
 /// Reads one object and adds it, unless it is not for us.

@@ -107,16 +107,17 @@ async fn a_pod_that_comes_while_pods_cannot_be_read_is_held_back() {
         }
         seen
     });
-    // The fourth was seen before it was ready.
-    api.put(PODS, offloaded(numbered(5)));
+    // The fourth was seen before it was ready. The offloaded one is the last that is told of when all that was missed is.
     api.put(PODS, numbered(6));
+    (10..40).for_each(|number| api.put(PODS, numbered(number)));
+    api.put(PODS, offloaded(numbered(5)));
     api.put(SLICES, users(&[1, 2, 3, 4, 5, 6]));
     let held =
         |mesh: &Mesh| mesh.warnings.iter().any(|text| text.starts_with("2 endpoints of cluster east are held back, "));
     watched.until_mesh("what is known", |mesh| takes(&[1, 2, 3, 4])(mesh) && held(mesh)).await;
     // Here nothing has ever been offloaded that is selected.
     selecting.until_mesh("all", takes(&[1, 2, 3, 4, 5, 6])).await;
-    api.behave(|behaviour| behaviour.refused = None);
+    api.behave(|behaviour| (behaviour.refused, behaviour.delay) = (None, Duration::from_millis(20)));
     watched.until_mesh("what is not offloaded", |mesh| takes(&[1, 2, 3, 4, 6])(mesh) && !held(mesh)).await;
     drop(watched);
     assert!(!seen.await.unwrap(), "an offloaded pod took requests");

@@ -441,6 +441,7 @@ impl Serving {
                     news
                 };
                 for (kind, object) in news.into_iter().filter(|(_, object)| selected(object, &query)) {
+                    tokio::time::sleep(behaviour.delay).await;
                     if !send(&mut sender, &json!({ "type": kind, "object": object }).to_string()).await {
                         return;
                     }

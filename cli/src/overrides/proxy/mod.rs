@@ -33,7 +33,7 @@ use tokio::time::timeout;
 
 use self::body::Watched;
 use self::headers::Added;
-use super::header::parse_set;
+use super::header::{parse_key, parse_set, read_key};
 use super::message;
 use super::offered::Look;
 use super::terminal::{Terminal, bytes};
@@ -79,6 +79,10 @@ pub struct Flags {
     /// The token of a share (`culvert override share`)
     #[arg(long, value_name = "TOKEN")]
     share: Option<String>,
+
+    /// Sign what is asked for with the key in this file, which proxies know by this id; anew before it ends, which it does after 1h
+    #[arg(long, value_name = "ID=FILE", value_parser = parse_key)]
+    sign_key: Option<(String, String)>,
 
     /// Where to listen; port 0 takes any
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8888")]
@@ -139,7 +143,10 @@ struct Counts {
 /// # Errors
 /// When the flags make no sense or the address cannot be listened on.
 pub fn run(flags: Flags) -> anyhow::Result<String> {
-    let added = Added::new(message(&flags.set, flags.share.as_deref())?)?.asking(flags.debug);
+    let mut added = Added::new(message(&flags.set, flags.share.as_deref())?)?.asking(flags.debug);
+    if let Some((id, file)) = &flags.sign_key {
+        added = added.signed_with(id, read_key(file)?).context("--sign-key")?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start")?;
     LocalSet::new().block_on(&runtime, async {
         let listener = TcpListener::bind(flags.listen).await.with_context(|| {
@@ -481,7 +488,7 @@ impl Added {
             !overrides.overrides.is_empty() || !overrides.share.is_empty(),
             "no override is asked for: use --set or --share"
         );
-        Ok(Self::of(&overrides))
+        Ok(Self::of(overrides))
     }
 }
 

@@ -59,7 +59,7 @@ impl Source for ApiServer {
         if selects {
             kinds.push(VirtualIps::NAME);
         }
-        let shared = Arc::new(Shared::new(cluster, &kinds));
+        let shared = Arc::new(Shared::new(cluster, &kinds, !config.pod_selector.is_empty()));
         let access = Arc::new(Access::new(config.clone()));
         let mut watches = JoinSet::new();
         watches.spawn(watch::<Service>(&access, &shared, config.service_selector).run());
@@ -125,8 +125,7 @@ impl<K: Kind> Objects for Told<K> {
     }
 
     fn discard(picture: &mut Collected<K>, object: &Object<'_>) {
-        let pod = deleted_pod::<K>(object).map(|deleted| PodId::of(&deleted.uid));
-        picture.remove(&key_of(object), pod);
+        picture.remove(&key_of(object), pod_id::<K>(object));
     }
 
     fn replace(&self, picture: Collected<K>) {
@@ -174,7 +173,12 @@ fn deleted_pod<K: Kind>(object: &Object<'_>) -> Option<Deleted> {
     (K::KIND == Pod::KIND).then(|| Deleted::read(object.text)).flatten()
 }
 
-/// Reads one object, which others do not suffer from. Of a Pod also its id, whether the Pod matters or not.
+/// The id of what is a Pod, however wrong it is.
+fn pod_id<K: Kind>(object: &Object<'_>) -> Option<PodId> {
+    deleted_pod::<K>(object).map(|pod| PodId::of(&pod.uid))
+}
+
+/// Reads one object, which others do not suffer from. Of a Pod also its id, whether the Pod matters, or is wrong, or not.
 fn read<K: Kind>(object: &Object<'_>) -> (ObjectKey, Read<K>, Option<PodId>) {
     if let Some(kind) = object.foreign {
         let key = key_of(object);
@@ -187,7 +191,8 @@ fn read<K: Kind>(object: &Object<'_>) -> (ObjectKey, Read<K>, Option<PodId>) {
             (key, Ok(read.filter(K::matters)), pod)
         }
         Err(error) => match convert::key_of(object.text) {
-            Some(key) => (key, Err(error.to_string()), None),
+            // Its slice counts, then as when Pods cannot be read.
+            Some(key) => (key, Err(error.to_string()), pod_id::<K>(object)),
             None => {
                 let place = match object.index {
                     Some(index) => format!("object {index} of a list"),

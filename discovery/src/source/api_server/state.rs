@@ -24,6 +24,8 @@ const REMEMBERED: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Shared {
     cluster: String,
+    /// Whether Pods with certain labels only are read: of the others nothing is known at any time.
+    selects_pods: bool,
     state: Mutex<State>,
     changed: Notify,
 }
@@ -102,17 +104,30 @@ impl<K: Kind> Collected<K> {
 }
 
 impl State {
-    /// From now on slices may list Pods that are not known: those that come while Pods cannot be read.
-    fn lose_sight_of_pods(&mut self) {
-        let listed = self.objects.slices.values().flat_map(|slice| &slice.endpoints);
-        let listed = listed.filter_map(|endpoint| endpoint.target_uid.as_deref().map(PodId::of));
-        // Those of Pods that are not selected, too.
-        let known = self.pods.iter().copied().chain(listed).collect();
+    /// From now on slices may list Pods that are not known: those that come while Pods cannot be read. A watch that is dead is
+    /// found to be so after a while only: what slices list by then may have come in that time.
+    fn lose_sight_of_pods(&mut self, selects: bool) {
+        let mut known = self.pods.clone();
+        if selects {
+            let listed = self.objects.slices.values().flat_map(|slice| &slice.endpoints);
+            known.extend(listed.filter_map(|endpoint| endpoint.target_uid.as_deref().map(PodId::of)));
+        }
         self.objects.known_pods = Some(Arc::new(known));
         self.objects_changed = true;
     }
 
-    /// Pods can be read again.
+    /// Takes in Pods that there are.
+    fn see_pods(&mut self, pods: impl IntoIterator<Item = PodId>) {
+        for pod in pods {
+            self.pods.insert(pod);
+            if let Some(known) = self.objects.known_pods.as_mut().filter(|known| !known.contains(&pod)) {
+                Arc::make_mut(known).insert(pod);
+                self.objects_changed = true;
+            }
+        }
+    }
+
+    /// Pods can be read again, and all that there are have been seen.
     fn regain_sight_of_pods(&mut self) {
         self.objects_changed |= self.objects.known_pods.take().is_some();
     }
@@ -133,10 +148,10 @@ impl State {
 }
 
 impl Shared {
-    pub(super) fn new(cluster: String, kinds: &[&'static str]) -> Self {
+    pub(super) fn new(cluster: String, kinds: &[&'static str], selects_pods: bool) -> Self {
         let kinds = kinds.iter().map(|kind| (*kind, KindState::default())).collect();
         let state = Mutex::new(State { kinds, ..State::default() });
-        Self { cluster, state, changed: Notify::new() }
+        Self { cluster, selects_pods, state, changed: Notify::new() }
     }
 
     /// Waits until there may be something to tell.
@@ -166,11 +181,8 @@ impl Shared {
                 state.objects_changed = true;
             }
             if K::NAME == Pod::NAME {
-                if let Some(known) = &mut state.objects.known_pods {
-                    Arc::make_mut(known).extend(&pods);
-                    state.objects_changed = true;
-                }
-                state.pods = pods;
+                state.pods.clear();
+                state.see_pods(pods);
             }
             let kind = state.kinds.entry(K::NAME).or_default();
             for error in wrong.iter().filter(|(key, error)| kind.wrong.get(key) != Some(error)).map(|(_, error)| error)
@@ -188,7 +200,7 @@ impl Shared {
     /// Takes in one object.
     pub(super) fn add<K: Kind>(&self, key: ObjectKey, object: Read<K>, pod: Option<PodId>) {
         self.with(|state| {
-            state.pods.extend(pod);
+            state.see_pods(pod);
             let wrong = &mut state.kinds.entry(K::NAME).or_default().wrong;
             let known = K::among(&mut state.objects);
             match object {
@@ -253,7 +265,7 @@ impl Shared {
         let news = self.with(|state| {
             let kind = state.kinds.entry(K::NAME).or_default();
             if K::NAME == Pod::NAME && kind.read && kind.failing.is_none() {
-                state.lose_sight_of_pods();
+                state.lose_sight_of_pods(self.selects_pods);
             }
             let failing = &mut state.kinds.entry(K::NAME).or_default().failing;
             let news = failing.as_ref().is_none_or(|(_, known)| known != error);
@@ -367,5 +379,25 @@ mod tests {
         assert_eq!(gone(&mut state, REMEMBERED * 2 - second), "listed");
         state.objects.slices = slice_of("another").slices;
         assert_eq!(gone(&mut state, REMEMBERED * 3 - second), "");
+    }
+
+    #[test]
+    fn what_slices_list_is_known_where_pods_are_selected_only() {
+        for selects in [false, true] {
+            let mut state = State { objects: slice_of("listed"), ..State::default() };
+            state.see_pods([PodId::of("seen")]);
+            state.objects_changed = false;
+            state.lose_sight_of_pods(selects);
+            assert!(std::mem::take(&mut state.objects_changed));
+            let knows = |state: &State, uid: &str| state.objects.known_pods.as_ref().unwrap().contains(&PodId::of(uid));
+            assert_eq!(["seen", "listed", "later"].map(|uid| knows(&state, uid)), [true, selects, false]);
+            // What is told of bit by bit.
+            state.see_pods([PodId::of("later")]);
+            assert!(knows(&state, "later") && std::mem::take(&mut state.objects_changed));
+            state.see_pods([PodId::of("seen")]);
+            assert!(!state.objects_changed, "nothing new");
+            state.regain_sight_of_pods();
+            assert!(state.objects.known_pods.is_none() && state.objects_changed);
+        }
     }
 }
