@@ -301,18 +301,22 @@ impl Attempts<'_> {
         Ok(chosen)
     }
 
-    /// A copy of the request, where a failure after it was sent may be tried again, or its host may go away without having looked at it. Its
-    /// body is there where no retry policy keeps that.
+    /// A copy of the request, where a failure after it was sent may be tried again, or its host is known to go away without having looked at
+    /// what it was sent: a copy of the head costs too much to have one of each request. The body is there where no retry policy keeps that.
     fn copy_for_retry(&self, chosen: &Chosen, head: &RequestHead, body: &Body) -> Option<(RequestHead, Body)> {
-        let http1 = matches!(protocol(&chosen.cluster, head), Wanted::Http1);
+        let http1 = || matches!(protocol(&chosen.cluster, head), Wanted::Http1);
         let retry = self.retry.as_ref();
+        let loses = chosen.host.pool.loses();
+        if !loses && !retry.is_some_and(|retry| retry.needs_copy(http1())) {
+            return None;
+        }
         let whole = match body {
             Body::Full(bytes) => Some(Body::Full(bytes.clone())),
             body => (http_body::Body::is_end_stream(body) || retry.is_some_and(|retry| retry.body.is_some()))
                 .then_some(Body::Empty),
         };
-        let may_move = !http1 && whole.is_some();
-        (may_move || retry.is_some_and(|retry| retry.needs_copy(http1)))
+        let may_move = loses && whole.is_some();
+        (may_move || retry.is_some_and(|retry| retry.needs_copy(http1())))
             .then(|| (head.clone(), whole.unwrap_or_default()))
     }
 

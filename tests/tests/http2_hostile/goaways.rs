@@ -228,13 +228,17 @@ pub fn side_by_side() -> Result<()> {
     let envoy = thread::spawn(move || outcomes(Kind::Envoy));
     let culvert = outcomes(Kind::Culvert)?;
     let envoy = envoy.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
-    let mut different = Vec::new();
+    let (mut different, mut lost) = (Vec::new(), 0);
     for ((action, steps), (theirs, ours)) in scripts().iter().zip(envoy.iter().zip(&culvert)) {
         let mut wanted = theirs.clone();
         if is_lost(action, steps) {
             ensure!(theirs.contains(": 503, "), "Envoy does not lose it: {theirs}");
-            let seen: Vec<String> = steps.iter().map(|step| format!("{step:?}")).collect();
-            wanted = format!("{action} {steps:?}: 200, attempts 1, \"\"; {}", seen.join(", "));
+            lost += 1;
+            // culvertd loses the first one of a host, and has seen then that this happens.
+            if lost > 1 {
+                let seen: Vec<String> = steps.iter().map(|step| format!("{step:?}")).collect();
+                wanted = format!("{action} {steps:?}: 200, attempts 1, \"\"; {}", seen.join(", "));
+            }
         }
         if wanted != *ours {
             different.push(format!("Envoy:    {theirs}\nculvertd: {ours}"));
@@ -263,7 +267,8 @@ pub fn moved_requests_are_not_the_hosts_fault() -> Result<()> {
         Ok(answer.status)
     };
     let unseen = Step::UnseenRefused;
-    // The first one of a host as well.
+    // The first one is lost: nobody has kept it.
+    ensure!(ask(&[unseen])? == 503 && ask(&[Step::Answer(200)])? == 200);
     for _ in 0..5 {
         ensure!(ask(&[unseen, unseen, unseen, Step::Answer(200)])? == 200, "it is not moved");
     }

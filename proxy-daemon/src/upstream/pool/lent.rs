@@ -291,7 +291,7 @@ impl Connection {
             // It died in the pool: another one is tried.
             Err(reset) if reset.request.is_some() && self.reused => {}
             // Whoever has sent it knows whether it is moved.
-            Err(Reset { reason: ResetReason::GoneAway, .. }) => {}
+            Err(Reset { reason: ResetReason::GoneAway, .. }) => host.pool.set_loses(),
             Err(_) => host.saw(Seen::ConnectFailed),
         }
         sent

@@ -126,6 +126,8 @@ pub struct Pool {
     retired: Cell<bool>,
     /// The last connect has failed, and nobody has asked.
     failed: Cell<bool>,
+    /// The host has gone away from requests that it has not looked at.
+    loses: Cell<bool>,
     /// Connections of earlier ages are not used again.
     age: Cell<u32>,
     /// How often what a TCP proxy has was to end.
@@ -204,6 +206,15 @@ impl Pool {
     /// Whether the last connect has failed; asked once for each failure.
     pub(super) fn take_failure(&self) -> bool {
         self.failed.take()
+    }
+
+    fn set_loses(&self) {
+        self.loses.set(true);
+    }
+
+    /// Whether connections have ended with requests on them that the host had not looked at: they can be sent again.
+    pub fn loses(&self) -> bool {
+        self.loses.get()
     }
 
     /// Nothing idle is kept from now on.
