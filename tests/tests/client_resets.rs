@@ -218,6 +218,57 @@ fn resets_go_through_a_tcp_proxy() -> Result<()> {
     Ok(())
 }
 
+/// A listener of a host that is not there, and that is asked for again after a while, and a client of it.
+fn connecting(kind: Kind, fields: &str) -> Result<(Daemon, std::net::TcpStream)> {
+    let port = free_port()?;
+    let proxy = format!(
+        "cluster: app, max_connect_attempts: 1000000, backoff_options: {{base_interval: 3600s, max_interval: 3600s}}{fields}"
+    );
+    let daemon =
+        Daemon::start(kind, &Bootstrap::new().tcp_of(port, &proxy).cluster("app", &[free_port()?], &[]).yaml())?;
+    let client = std::net::TcpStream::connect(("127.0.0.1", port))?;
+    client.set_read_timeout(Some(DEADLINE))?;
+    wait_until(DEADLINE, "an attempt", || {
+        ensure!(daemon.stats()?.get("cluster.app.upstream_cx_connect_fail") > 0);
+        Ok(())
+    })?;
+    Ok((daemon, client))
+}
+
+#[test]
+fn a_connection_that_waits_for_its_host_lasts_no_longer_than_it_may() -> Result<()> {
+    for tunnel in ["", ", tunneling_config: {hostname: 'a:80'}"] {
+        let mut seen = Vec::new();
+        for kind in [Kind::Envoy, Kind::Culvert] {
+            let fields = format!(", max_downstream_connection_duration: 3s{tunnel}");
+            let (daemon, mut client) = connecting(kind, &fields)?;
+            let end = client.read_to_end(&mut Vec::new()).map_err(|error| error.kind());
+            let counted = daemon.stats()?.get("tcp.tcp.max_downstream_connection_duration");
+            seen.push(format!("{end:?} {counted}"));
+        }
+        assert_eq!(seen[0], "Ok(0) 1");
+        assert_eq!(seen[1], seen[0], "{tunnel:?}");
+    }
+    Ok(())
+}
+
+/// Envoy does not look at its client then.
+#[test]
+fn nobody_connects_for_a_client_that_has_reset_its_connection() -> Result<()> {
+    for tunnel in ["", ", tunneling_config: {hostname: 'a:80'}"] {
+        let (daemon, client) = connecting(Kind::Culvert, tunnel)?;
+        ensure!(daemon.stats()?.get("tcp.tcp.downstream_cx_active") == 1, "it is gone already");
+        socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO))?;
+        drop(client);
+        wait_until(DEADLINE, "its end", || {
+            let active = daemon.stats()?.get("tcp.tcp.downstream_cx_active");
+            ensure!(active == 0, "{active} connections, {tunnel:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 #[test]
 fn no_host_is_blamed_for_a_reset_upload() -> Result<()> {
     beside_envoy(Leaves::Reset, When::Upload)

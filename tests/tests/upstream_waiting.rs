@@ -468,9 +468,10 @@ fn what_waits_for_others_is_counted() -> Result<()> {
         })?;
         let (web, tcp) = (free_port()?, free_port()?);
         let bootstrap = Bootstrap::new()
-            .http(web, &routes(&["http"]), &[])
+            .http(web, &routes(&["http", "sized"]), &[])
             .tcp(tcp, "bytes")
             .cluster("http", &[host], &[])
+            .cluster("sized", &[host], &["track_cluster_stats: {request_response_sizes: true}"])
             .cluster("bytes", &[host], &[]);
         let daemon = start(kind, &bootstrap)?;
         let comes = |name: &str| {
@@ -507,6 +508,12 @@ fn what_waits_for_others_is_counted() -> Result<()> {
                     of_cluster("http", "backed_up_total"),
                     "http.ingress.downstream_flow_control_paused_reading_total".to_owned(),
                 ],
+            ),
+            // What counts how long they are hides nothing.
+            (
+                web,
+                "POST /sized HTTP/1.1\r\nhost: a\r\ncontent-length: 100000000000\r\n\r\n",
+                vec![of_cluster("sized", "backed_up_total")],
             ),
             (tcp, "GET /", vec![of_cluster("bytes", "paused_reading_total")]),
             (tcp, "deaf!", vec!["tcp.tcp.downstream_flow_control_paused_reading_total".to_owned()]),

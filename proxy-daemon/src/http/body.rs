@@ -42,9 +42,12 @@ pub enum Body {
 }
 
 /// A body that a filter puts around the one that was there: to look at it, to change it, or to hold it up.
-pub trait WrappedBody: http_body::Body<Data = Bytes, Error = BodyError> + Unpin {}
-
-impl<B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin> WrappedBody for B {}
+pub trait WrappedBody: http_body::Body<Data = Bytes, Error = BodyError> + Unpin {
+    /// The body that was there, where all of that passes as it is read: what it is told while nobody polls is told to that one.
+    fn passes(&mut self) -> Option<&mut Body> {
+        None
+    }
+}
 
 impl Body {
     /// A body that `observer` watches. An empty one is told of its end here, since nobody may poll it.
@@ -58,27 +61,36 @@ impl Body {
 
     /// Sends on what there is of the request, where this is the response to one on HTTP/1 that nobody can take more of.
     pub(super) fn send_on(&mut self, cx: &mut Context<'_>) {
-        if let Body::Observed(incoming, _) = self {
-            incoming.send_on(cx);
+        match self {
+            Body::Observed(incoming, _) => incoming.send_on(cx),
+            Body::Wrapped(wrapped) => wrapped.passes().into_iter().for_each(|body| body.send_on(cx)),
+            Body::Empty | Body::Full(_) => {}
         }
     }
 
     /// Ready when a limit of time has passed while what came last waits for the other side to take it, where nobody polls for more: the
-    /// body is broken off then. What filters have made of a body knows no limits.
+    /// body is broken off then. What filters have made something else of knows no limits.
     pub(super) fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
-        self.hold();
-        let Body::Observed(_, observer) = self else { return Poll::Pending };
-        observer.idle(cx).map(|error| {
-            observer.error(&error);
-            error
-        })
+        match self {
+            Body::Observed(_, observer) => {
+                observer.held();
+                observer.idle(cx).map(|error| {
+                    observer.error(&error);
+                    error
+                })
+            }
+            Body::Wrapped(wrapped) => wrapped.passes().map_or(Poll::Pending, |body| body.poll_limits(cx)),
+            Body::Empty | Body::Full(_) => Poll::Pending,
+        }
     }
 
-    /// Nothing more is read of it for now: the other side takes no more. Nobody is told where filters have made something of it, or where it
-    /// is kept to be sent again.
+    /// Nothing more is read of it for now: the other side takes no more. Nobody is told where filters have made something else of it, or
+    /// where it is kept to be sent again.
     pub(super) fn hold(&mut self) {
-        if let Body::Observed(_, observer) = self {
-            observer.held();
+        match self {
+            Body::Observed(_, observer) => observer.held(),
+            Body::Wrapped(wrapped) => wrapped.passes().into_iter().for_each(Body::hold),
+            Body::Empty | Body::Full(_) => {}
         }
     }
 

@@ -11,7 +11,7 @@ use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt;
 
 use super::{
-    body::{Body, BodyError},
+    body::{Body, BodyError, WrappedBody},
     stream::LocalReply,
 };
 use crate::access_log::ResponseFlags;
@@ -28,6 +28,8 @@ impl Buffered {
         Buffered { data, trailers }
     }
 }
+
+impl WrappedBody for Buffered {}
 
 impl http_body::Body for Buffered {
     type Data = Bytes;
@@ -85,6 +87,8 @@ struct Ahead {
     first: Bytes,
     rest: Body,
 }
+
+impl WrappedBody for Ahead {}
 
 impl http_body::Body for Ahead {
     type Data = Bytes;
@@ -167,6 +171,11 @@ impl Unread {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl<S> WrappedBody for http_body_util::StreamBody<S> where
+        S: futures_util::Stream<Item = Result<Frame<Bytes>, BodyError>> + Unpin
+    {
+    }
 
     #[tokio::test]
     async fn what_is_read_ahead_stays_in_the_body() {

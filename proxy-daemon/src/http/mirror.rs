@@ -18,7 +18,7 @@ use http_body::{Frame, SizeHint};
 
 use self::pipe::{Writer, pipe};
 use super::{
-    body::{Body, BodyError},
+    body::{Body, BodyError, WrappedBody},
     call,
     headers::names::X_ENVOY_ATTEMPT_COUNT,
     illegal,
@@ -158,6 +158,12 @@ impl Tee {
             }
             true
         });
+    }
+}
+
+impl WrappedBody for Tee {
+    fn passes(&mut self) -> Option<&mut Body> {
+        Some(&mut self.body)
     }
 }
 

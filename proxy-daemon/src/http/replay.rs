@@ -11,7 +11,7 @@ use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body as _, Frame, SizeHint};
 
-use super::body::{Body, BodyError};
+use super::body::{Body, BodyError, WrappedBody};
 use crate::stats::Counter;
 
 /// A body, and what has been taken of it so far.
@@ -128,6 +128,8 @@ struct Reader {
     trailers: bool,
 }
 
+impl WrappedBody for Reader {}
+
 impl http_body::Body for Reader {
     type Data = Bytes;
     type Error = BodyError;
@@ -200,6 +202,8 @@ mod tests {
 
     fn chunks(texts: &'static [&'static str]) -> Body {
         struct Chunks(std::slice::Iter<'static, &'static str>);
+        impl WrappedBody for Chunks {}
+
         impl http_body::Body for Chunks {
             type Data = Bytes;
             type Error = BodyError;

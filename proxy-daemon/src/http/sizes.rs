@@ -12,7 +12,7 @@ use http::{HeaderMap, StatusCode, header::HOST};
 use http_body::{Body as _, Frame, SizeHint};
 
 use super::{
-    body::{Body, BodyError},
+    body::{Body, BodyError, WrappedBody},
     logged::{request_bytes, response_bytes},
     look::Look as _,
     stream::RequestHead,
@@ -80,6 +80,12 @@ impl Drop for Sizes {
 struct Counting {
     body: Body,
     sizes: Weak<Sizes>,
+}
+
+impl WrappedBody for Counting {
+    fn passes(&mut self) -> Option<&mut Body> {
+        Some(&mut self.body)
+    }
 }
 
 impl http_body::Body for Counting {

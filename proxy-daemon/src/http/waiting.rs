@@ -11,7 +11,7 @@ use http::StatusCode;
 use http_body::{Frame, SizeHint};
 
 use super::{
-    body::{Body, BodyError},
+    body::{Body, BodyError, WrappedBody},
     conn_manager::ConnState,
     filters::{Flow, Waiting},
     stream::{LocalReply, Progress, StreamCx},
@@ -98,6 +98,12 @@ impl Counted {
         if let Some(end) = &mut self.end {
             end.complete = true;
         }
+    }
+}
+
+impl WrappedBody for Counted {
+    fn passes(&mut self) -> Option<&mut Body> {
+        Some(&mut self.body)
     }
 }
 

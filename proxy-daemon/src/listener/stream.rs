@@ -8,7 +8,7 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, ReadBuf},
+    io::{AsyncRead, Interest, ReadBuf},
     net::TcpStream,
 };
 use tokio_rustls::server::TlsStream;
@@ -36,6 +36,19 @@ impl DownstreamStream {
             DownstreamStream::Plain(stream) => reset_on_close(stream),
             DownstreamStream::Tls(stream) => stream.get_ref().0.reset_on_close(),
         }
+    }
+
+    /// Waits until the client has reset its connection, or cannot be reached. That it says no more is no end: it may still listen.
+    pub(crate) async fn broke(&self) {
+        let mut stream = self;
+        let plain = loop {
+            match stream {
+                DownstreamStream::Plain(plain) => break plain,
+                DownstreamStream::Tls(tls) => stream = tls.get_ref().0,
+            }
+        };
+        // Whatever ends that wait, nobody can be spoken to.
+        let _ = plain.ready(Interest::ERROR).await;
     }
 
     /// The protocol that the handshake chose.

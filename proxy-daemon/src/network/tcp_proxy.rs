@@ -25,8 +25,8 @@ use crate::{
     stats::{Counter, Gauge, Lease, Scope},
     tls::AlpnFallback,
     upstream::{
-        Chosen, ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, Resource, Seen, SocketSettings, Tunnelled,
-        UpstreamInfo, UpstreamStream, WorkerCluster, WorkerHost, connect,
+        Chosen, ClusterStats, ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, Resource, Seen,
+        SocketSettings, Tunnelled, UpstreamInfo, UpstreamStream, WorkerCluster, WorkerHost, connect,
     },
 };
 
@@ -173,7 +173,7 @@ async fn carry(
     worker: &Worker,
     mut drain: DrainSignal,
 ) -> Outcome {
-    let mut outcome = Outcome::default();
+    let (mut outcome, began) = (Outcome::default(), Instant::now());
     if let Some(forward) = &proxy.forward
         && !sni_dynamic_forward_proxy::look_up(forward, info).await
     {
@@ -192,7 +192,7 @@ async fn carry(
     let ends = async {
         let expired = async {
             match limit {
-                Some(limit) => tokio::time::sleep(limit).await,
+                Some(limit) => tokio::time::sleep(limit.saturating_sub(began.elapsed())).await,
                 None => std::future::pending().await,
             }
         };
@@ -205,49 +205,62 @@ async fn carry(
             () = drained => Ended::Drained,
         }
     };
+    let mut ends = pin!(ends);
     let mut was_reset = false;
     let ended = if let Some(tunneling) = &proxy.config.tunneling {
         Box::pin(tunnel::carry(downstream, proxy, (tunneling, asked), &cluster, info, ends, &mut outcome)).await
-    } else if let Some(mut upstream) = dial(proxy, (&cluster, asked), info, &mut outcome).await {
-        let joined = match (&downstream, &upstream.stream) {
-            (DownstreamStream::Plain(client), UpstreamStream::Tcp(host)) => worker.join(client, host),
-            _ => None,
-        };
-        let stats = &upstream.cluster.cluster.stats;
-        let of_host = Flow {
-            paused: stats.upstream_flow_control_paused_reading_total,
-            resumed: stats.upstream_flow_control_resumed_reading_total,
-        };
-        let mut relay = Relay::new(proxy.config.idle_timeout, joined, [proxy.stats.flow, of_host]);
-        let carrying = Rc::clone(&upstream.cluster);
-        let old = carrying.cluster.config.pool.lifetime();
-        let mut old = pin!(async {
-            // It is not used again, and a TCP proxy's never is: what is under way goes on, as in Envoy.
-            if let Some(limit) = old {
-                tokio::time::sleep(limit).await;
-                carrying.cluster.stats.upstream_cx_max_duration_reached.inc();
-            }
-            std::future::pending().await
-        });
-        let ended = tokio::select! {
-            ended = std::future::poll_fn(|cx| relay.poll(cx, &mut downstream, &mut upstream.stream)) => ended,
-            ended = ends => ended,
-            ended = &mut old => ended,
-            () = upstream.host.pool.closed_since(upstream.closings) => Ended::HostFailed,
-        };
-        upstream.by_host = ended == Ended::Upstream || ended == Ended::Whole && relay.host_was_last;
-        (outcome.received, outcome.sent) = relay.end();
-        was_reset = relay.was_reset;
-        if was_reset {
-            // Otherwise what was cut off would look whole.
-            match ended {
-                Ended::Upstream => downstream.reset_on_close(),
-                _ => upstream.stream.reset_on_close(),
-            }
-        }
-        Some(ended)
     } else {
-        None
+        let dialled = tokio::select! {
+            biased;
+            upstream = dial(proxy, (&cluster, asked), info, &mut outcome) => upstream.ok_or(None),
+            ended = &mut ends => Err(Some(ended)),
+            () = downstream.broke() => {
+                was_reset = true;
+                Err(Some(Ended::Downstream))
+            }
+        };
+        match dialled {
+            Ok(mut upstream) => {
+                let joined = match (&downstream, &upstream.stream) {
+                    (DownstreamStream::Plain(client), UpstreamStream::Tcp(host)) => worker.join(client, host),
+                    _ => None,
+                };
+                let stats = &upstream.cluster.cluster.stats;
+                let of_host = Flow {
+                    paused: stats.upstream_flow_control_paused_reading_total,
+                    resumed: stats.upstream_flow_control_resumed_reading_total,
+                };
+                let mut relay = Relay::new(proxy.config.idle_timeout, joined, [proxy.stats.flow, of_host]);
+                let carrying = Rc::clone(&upstream.cluster);
+                let old = carrying.cluster.config.pool.lifetime();
+                let mut old = pin!(async {
+                    // It is not used again, and a TCP proxy's never is: what is under way goes on, as in Envoy.
+                    if let Some(limit) = old {
+                        tokio::time::sleep(limit).await;
+                        carrying.cluster.stats.upstream_cx_max_duration_reached.inc();
+                    }
+                    std::future::pending().await
+                });
+                let ended = tokio::select! {
+                    ended = std::future::poll_fn(|cx| relay.poll(cx, &mut downstream, &mut upstream.stream)) => ended,
+                    ended = &mut ends => ended,
+                    ended = &mut old => ended,
+                    () = upstream.host.pool.closed_since(upstream.closings) => Ended::HostFailed,
+                };
+                upstream.by_host = ended == Ended::Upstream || ended == Ended::Whole && relay.host_was_last;
+                (outcome.received, outcome.sent) = relay.end();
+                was_reset = relay.was_reset;
+                if was_reset {
+                    // Otherwise what was cut off would look whole.
+                    match ended {
+                        Ended::Upstream => downstream.reset_on_close(),
+                        _ => upstream.stream.reset_on_close(),
+                    }
+                }
+                Some(ended)
+            }
+            Err(ended) => ended,
+        }
     };
     let Some(ended) = ended else { return outcome };
     match ended {
@@ -292,6 +305,15 @@ impl Drop for Dialed {
         stats.count_end(self.by_host, true);
         stats.upstream_cx_length_ms.record(self.since.elapsed().as_millis() as u64);
         self.host.end_request();
+    }
+}
+
+/// A connect that nobody waits for any more: the connection has ended before it was one.
+struct GivenUp<'a>(Option<&'a ClusterStats>);
+
+impl Drop for GivenUp<'_> {
+    fn drop(&mut self) {
+        self.0.inspect(|stats| stats.count_end(false, false));
     }
 }
 
@@ -360,7 +382,13 @@ async fn dial(
             alpn: AlpnFallback::None,
             connected: &connected,
         };
-        match connect(&host.host, how).await {
+        let stream = {
+            let mut given_up = GivenUp(Some(stats));
+            let stream = connect(&host.host, how).await;
+            given_up.0 = None;
+            stream
+        };
+        match stream {
             Ok(stream) => {
                 stats.upstream_cx_connect_ms.record(since.elapsed().as_millis() as u64);
                 drop(pending);

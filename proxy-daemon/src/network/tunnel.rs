@@ -19,7 +19,7 @@ use crate::{
     access_log::{Record, ResponseFlags},
     config::model::{AddedValue, MetadataMatch, Tunneling},
     http::{
-        body::BodyError,
+        body::{BodyError, WrappedBody},
         hash_policy::hash_of,
         tunnel::{self, Target, Tunnel},
     },
@@ -58,6 +58,8 @@ struct Said {
     /// Without memory while the client says nothing.
     buffer: BytesMut,
 }
+
+impl WrappedBody for Said {}
 
 impl http_body::Body for Said {
     type Data = Bytes;
@@ -114,7 +116,16 @@ pub(super) async fn carry(
         reader: RefCell::default(),
         writer: RefCell::default(),
     });
-    let mut tunnel = dial(proxy, asked, cluster, info, &client, outcome).await?;
+    let mut ends = pin!(ends);
+    // Before there is a tunnel nobody else has the connection.
+    #[expect(clippy::await_holding_refcell_ref)]
+    let broke = async { client.stream.borrow().broke().await };
+    let mut tunnel = tokio::select! {
+        biased;
+        tunnel = dial(proxy, asked, cluster, info, &client, outcome) => tunnel?,
+        ended = &mut ends => return Some(ended),
+        () = broke => return Some(Ended::Downstream),
+    };
     let (host, upstream) = tunnel.upstream();
     outcome.host = Some(host.host.display().to_owned());
     outcome.upstream = Some(Rc::clone(upstream));
@@ -136,7 +147,7 @@ pub(super) async fn carry(
     let ended = tokio::select! {
         ended = poll_fn(|cx| poll(&client, &mut tunnel, &mut pending, cx)) => ended,
         ended = idle => ended,
-        ended = ends => ended,
+        ended = &mut ends => ended,
     };
     (outcome.received, outcome.sent) = (client.received.get(), client.sent.get());
     Some(ended)

@@ -26,6 +26,7 @@ mod rotation;
 mod services;
 mod sessions;
 mod slow_clients;
+mod slow_hosts;
 mod strict;
 mod taps;
 mod tokens;
@@ -130,6 +131,11 @@ fn messages_are_processed_in_both_directions_at_once_as_by_envoy() -> Result<()>
 #[test]
 fn a_processor_is_held_up_by_slow_clients() -> Result<()> {
     slow_clients::hold_up_a_processor()
+}
+
+#[test]
+fn answers_that_come_before_the_request_is_taken_are_processed_as_by_envoy() -> Result<()> {
+    slow_hosts::answer_early()
 }
 
 #[test]

@@ -14,6 +14,7 @@ use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, free_port};
 use culvert_tests::{server, wait_until};
 use culvert_xds_client::json::pool;
+use prost_reflect::MessageDescriptor;
 use serde_json::json;
 use socket2::{Domain, Socket, Type};
 
@@ -29,17 +30,25 @@ const ON_ITS_WAY: u64 = 12 << 20;
 
 /// A service that puts [`ALL`] in the place of a response's body, and how much of it has gone.
 fn processor() -> Result<(u16, Arc<AtomicU64>)> {
+    serve(|asked, respond, sent| async move { process(asked, respond, &sent).await })
+}
+
+/// A service of streams, each of which gets a counter that is returned with its port.
+pub fn serve<F: Future<Output = Result<()>> + Send + 'static>(
+    process: impl Fn(h2::RecvStream, h2::server::SendResponse<Bytes>, Arc<AtomicU64>) -> F + Send + Clone + 'static,
+) -> Result<(u16, Arc<AtomicU64>)> {
     let sent = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&sent);
     let port = server::start_async(move |stream| {
-        let counter = Arc::clone(&counter);
+        let (counter, process) = (Arc::clone(&counter), process.clone());
         async move {
             let mut connection = h2::server::handshake(stream).await?;
             while let Some(request) = connection.accept().await {
                 let (request, respond) = request?;
                 let counter = Arc::clone(&counter);
                 // A proxy that breaks off is no failure of the service.
-                tokio::spawn(async move { drop(process(request.into_body(), respond, &counter).await) });
+                let processed = process(request.into_body(), respond, counter);
+                tokio::spawn(async move { drop(processed.await) });
             }
             Ok(())
         }
@@ -47,15 +56,20 @@ fn processor() -> Result<(u16, Arc<AtomicU64>)> {
     Ok((port, sent))
 }
 
+/// What such a service is asked, and what it answers.
+pub fn messages() -> Result<(MessageDescriptor, MessageDescriptor)> {
+    let message = |name: &str| {
+        pool().get_message_by_name(&format!("envoy.service.ext_proc.v3.{name}")).context("an unknown message")
+    };
+    Ok((message("ProcessingRequest")?, message("ProcessingResponse")?))
+}
+
 async fn process(
     mut asked: h2::RecvStream,
     mut respond: h2::server::SendResponse<Bytes>,
     sent: &AtomicU64,
 ) -> Result<()> {
-    let message = |name: &str| {
-        pool().get_message_by_name(&format!("envoy.service.ext_proc.v3.{name}")).context("an unknown message")
-    };
-    let (request, response) = (message("ProcessingRequest")?, message("ProcessingResponse")?);
+    let (request, response) = messages()?;
     let head = http::Response::builder().header("content-type", "application/grpc").body(())?;
     let mut out = respond.send_response(head, false)?;
     let mut read = BytesMut::new();
@@ -74,18 +88,36 @@ async fn process(
         encode(&response, &json!({"response_body": {"response": {"body_mutation": piece}}}))
     };
     let (one, last) = (piece(&[b'x'; PIECE], false)?, piece(b"", true)?);
-    for mut bytes in std::iter::repeat_n(one, ALL / PIECE).chain([last]) {
-        while !bytes.is_empty() {
-            out.reserve_capacity(bytes.len());
-            let room = poll_fn(|cx| out.poll_capacity(cx)).await.context("the stream has ended")??;
-            let part = bytes.split_to(room.min(bytes.len()));
-            sent.fetch_add(part.len() as u64, Ordering::Relaxed);
-            out.send_data(part, false)?;
-        }
+    for bytes in std::iter::repeat_n(one, ALL / PIECE).chain([last]) {
+        say(&mut out, bytes, sent).await?;
     }
     let mut status = http::HeaderMap::new();
     status.insert("grpc-status", http::HeaderValue::from_static("0"));
     Ok(out.send_trailers(status)?)
+}
+
+/// Sends a message, as soon as it is taken.
+pub async fn say(out: &mut h2::SendStream<Bytes>, mut bytes: Bytes, sent: &AtomicU64) -> Result<()> {
+    while !bytes.is_empty() {
+        out.reserve_capacity(bytes.len());
+        let room = poll_fn(|cx| out.poll_capacity(cx)).await.context("the stream has ended")??;
+        let part = bytes.split_to(room.min(bytes.len()));
+        sent.fetch_add(part.len() as u64, Ordering::Relaxed);
+        out.send_data(part, false)?;
+    }
+    Ok(())
+}
+
+/// Waits until nothing more goes; gives how much has gone.
+pub fn stands_still(sent: &AtomicU64) -> Result<u64> {
+    let mut last = (0, 0);
+    wait_until(Duration::from_secs(60), "everything to stand still", || {
+        let now = sent.load(Ordering::Relaxed);
+        last = if last.0 == now { (now, last.1 + 1) } else { (now, 0) };
+        // Looked at every 20 ms.
+        ensure!(now > 0 && last.1 >= 40, "{now} bytes have gone");
+        Ok(now)
+    })
 }
 
 /// A client for which the kernel keeps little.
@@ -127,17 +159,10 @@ pub fn hold_up_a_processor() -> Result<()> {
     let before = proxy.memory()?;
     let mut client = client(port)?;
     client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nx-id: 1\r\nx-do: 200+bytes=10\r\nconnection: close\r\n\r\n")?;
-    let mut last = (0, 0);
-    wait_until(Duration::from_secs(60), "everything to stand still", || {
-        let now = sent.load(Ordering::Relaxed);
-        last = if last.0 == now { (now, last.1 + 1) } else { (now, 0) };
-        // Looked at every 20 ms.
-        ensure!(now > 0 && last.1 >= 40, "{now} bytes have gone");
-        Ok(())
-    })?;
+    let gone = stands_still(&sent)?;
     let grown = proxy.memory()?.saturating_sub(before);
-    println!("{} bytes have gone, and it has grown by {grown}", last.0);
-    ensure!(last.0 < ON_ITS_WAY, "{} bytes have gone", last.0);
+    println!("{gone} bytes have gone, and it has grown by {grown}");
+    ensure!(gone < ON_ITS_WAY, "{gone} bytes have gone");
     ensure!(grown < ON_ITS_WAY, "it has grown by {grown} bytes");
     // It goes on when somebody reads.
     let read = read_all(&mut client)?;

@@ -84,10 +84,19 @@ fn hash_policy(policy: &ProtoPolicy, path: &str) -> Result<HashPolicy> {
     }
 }
 
+/// Between two attempts to connect a client that has left, and has not said so, costs a connection.
+const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
+
 fn backoff(backoff: &BackoffStrategy, path: &str) -> Result<(Duration, Duration)> {
     let base = duration(backoff.base_interval, path, "base_interval")?;
     let base = base.ok_or_else(|| required(path, "base_interval"))?;
-    let max = duration(backoff.max_interval, path, "max_interval")?.unwrap_or(base.saturating_mul(10));
+    let usual = base.saturating_mul(10).min(LONGEST_PAUSE.max(base));
+    let max = duration(backoff.max_interval, path, "max_interval")?.unwrap_or(usual);
+    for (interval, name) in [(base, "base_interval"), (max, "max_interval")] {
+        if interval > LONGEST_PAUSE {
+            return Err(FieldError::new(join(path, name), "no client is kept waiting for longer than an hour"));
+        }
+    }
     if max < base {
         let text = "max_interval must be greater than or equal to the base_interval";
         return Err(FieldError::new(join(path, "max_interval"), text));

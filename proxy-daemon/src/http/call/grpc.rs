@@ -23,7 +23,7 @@ use crate::{
     config::{FieldError, model::RetryPolicy, parse},
     grpc_status,
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         headers::names::*,
         stream::{RequestHead, StreamCx},
         timeouts::to_grpc_timeout,
@@ -221,6 +221,8 @@ impl Service {
 
 /// A message as a body, whose length nobody tells: gRPC has it in the frame.
 struct Message(Bytes);
+
+impl WrappedBody for Message {}
 
 impl http_body::Body for Message {
     type Data = Bytes;

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         headers::names::*,
         stream::RequestHead,
     },
@@ -270,6 +270,8 @@ impl Outbox {
 
 /// The request's body.
 struct Outgoing(Rc<Outbox>);
+
+impl WrappedBody for Outgoing {}
 
 impl http_body::Body for Outgoing {
     type Data = Bytes;

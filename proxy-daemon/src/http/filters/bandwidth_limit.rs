@@ -26,7 +26,7 @@ use super::{
 use crate::{
     config::{FieldError, parse},
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         stream::{RequestHead, ResponseHead, StreamCx},
         token_bucket::TokenBucket,
     },
@@ -237,6 +237,8 @@ impl Drop for Limited {
         }
     }
 }
+
+impl WrappedBody for Limited {}
 
 impl http_body::Body for Limited {
     type Data = Bytes;

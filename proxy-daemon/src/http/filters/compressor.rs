@@ -28,7 +28,7 @@ use super::{
 use crate::{
     config::model::StringMatcher,
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         headers::joined,
         stream::{RequestHead, ResponseHead, StreamCx},
     },
@@ -406,6 +406,8 @@ struct Compressed {
     trailers: Option<HeaderMap>,
     stats: Stats,
 }
+
+impl WrappedBody for Compressed {}
 
 impl http_body::Body for Compressed {
     type Data = Bytes;

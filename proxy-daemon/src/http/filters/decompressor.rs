@@ -26,7 +26,7 @@ use super::{
 use crate::{
     config::{FieldError, parse},
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         headers::joined,
         stream::{RequestHead, ResponseHead, StreamCx},
     },
@@ -229,6 +229,8 @@ impl Decompressed {
         Frame::trailers(trailers)
     }
 }
+
+impl WrappedBody for Decompressed {}
 
 impl http_body::Body for Decompressed {
     type Data = Bytes;

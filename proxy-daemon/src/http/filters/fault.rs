@@ -29,7 +29,7 @@ use crate::{
     access_log::ResponseFlags,
     config::{FieldError, model::HeaderMatcher, parse},
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         route_match::header_matches,
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
     },
@@ -304,6 +304,8 @@ impl Slowed {
             .max(1)
     }
 }
+
+impl WrappedBody for Slowed {}
 
 impl http_body::Body for Slowed {
     type Data = Bytes;

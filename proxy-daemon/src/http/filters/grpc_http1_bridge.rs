@@ -22,7 +22,7 @@ use crate::{
     access_log::ResponseFlags,
     config::FieldError,
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         buffered::{Unread, read},
         headers::{
             is_grpc,
@@ -115,6 +115,8 @@ impl InFrame {
         InFrame { body, held: BytesMut::zeroed(FRAME_HEAD), limit, progress: Rc::clone(progress), ended: false }
     }
 }
+
+impl WrappedBody for InFrame {}
 
 impl http_body::Body for InFrame {
     type Data = Bytes;

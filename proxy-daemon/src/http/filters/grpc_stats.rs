@@ -24,7 +24,7 @@ use super::{
 use crate::{
     config::FieldError,
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         headers::{is_grpc, names::GRPC_STATUS},
         stream::{Progress, RequestHead, ResponseHead, StreamCx},
     },
@@ -160,6 +160,12 @@ impl Counting {
                 Direction::Response => (requests, responses + begun),
             }));
         }
+    }
+}
+
+impl WrappedBody for Counting {
+    fn passes(&mut self) -> Option<&mut Body> {
+        Some(&mut self.body)
     }
 }
 

@@ -27,7 +27,7 @@ use crate::{
     config::FieldError,
     grpc_status,
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         headers::{
             is_grpc,
             names::{GRPC_MESSAGE, GRPC_STATUS},
@@ -189,6 +189,8 @@ impl Decoded {
     }
 }
 
+impl WrappedBody for Decoded {}
+
 impl http_body::Body for Decoded {
     type Data = Bytes;
     type Error = BodyError;
@@ -285,6 +287,8 @@ fn trailers_frame(trailers: &HeaderMap) -> Vec<u8> {
     frame[1..5].copy_from_slice(&length.to_be_bytes());
     frame
 }
+
+impl WrappedBody for Framed {}
 
 impl http_body::Body for Framed {
     type Data = Bytes;

@@ -37,7 +37,7 @@ use crate::{
         parse,
     },
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         headers::{mutate_request, mutate_response},
         path::{decode, encode, is_unreserved, set_path},
         stream::{Progress, RequestHead, ResponseHead, StreamCx},
@@ -215,6 +215,8 @@ struct WithTrailers {
     mutations: Kept<Mutations>,
     of_response: Option<Rc<Progress>>,
 }
+
+impl WrappedBody for WithTrailers {}
 
 impl http_body::Body for WithTrailers {
     type Data = Bytes;

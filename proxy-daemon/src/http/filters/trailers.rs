@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body as _, Frame, SizeHint};
 
-use crate::http::body::{Body, BodyError};
+use crate::http::body::{Body, BodyError, WrappedBody};
 
 /// Gives `look` the body's trailers when they pass. Without trailers it is not called.
 pub(super) fn with_trailers(body: &mut Body, look: impl FnOnce(&HeaderMap) + Unpin + 'static) {
@@ -21,6 +21,12 @@ pub(super) fn with_trailers(body: &mut Body, look: impl FnOnce(&HeaderMap) + Unp
 struct Watched<L> {
     body: Body,
     look: Option<L>,
+}
+
+impl<L: FnOnce(&HeaderMap) + Unpin> WrappedBody for Watched<L> {
+    fn passes(&mut self) -> Option<&mut Body> {
+        Some(&mut self.body)
+    }
 }
 
 impl<L: FnOnce(&HeaderMap) + Unpin> http_body::Body for Watched<L> {

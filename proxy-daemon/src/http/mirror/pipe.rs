@@ -11,7 +11,10 @@ use std::{
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 
-use crate::http::{body::BodyError, replay::kept_piece};
+use crate::http::{
+    body::{BodyError, WrappedBody},
+    replay::kept_piece,
+};
 
 /// What a piece costs besides its bytes.
 const PIECE: u64 = 64;
@@ -143,6 +146,8 @@ impl Drop for Reader {
         state.waiting = VecDeque::new();
     }
 }
+
+impl WrappedBody for Reader {}
 
 impl http_body::Body for Reader {
     type Data = Bytes;

@@ -122,12 +122,17 @@ fn a_tcp_proxy() {
     let seconds = Duration::from_secs;
     assert_eq!((further.duration_jitter, further.backoff), (0.5, Some((seconds(2), seconds(20)))));
     assert_eq!(*further.hash_policy, [HashPolicy { source: HashSource::SourceIp, terminal: false }]);
-    let backoff = "backoff_options: { base_interval: 2s, max_interval: 1s }";
-    let refused = read(&format!(
-        "{{ name: l, {ADDRESS}, default_filter_chain: {{ {} }} }}",
-        tcp(&format!("cluster: up, {backoff}"))
-    ));
-    assert!(refused.unwrap_err().to_string().contains("backoff_options.max_interval: max_interval must be"));
+    let backoff = |text: &str| proxy(&format!("cluster: up, backoff_options: {{ {text} }}")).backoff;
+    assert_eq!(backoff("base_interval: 600s"), Some((seconds(600), seconds(3600))));
+    for (intervals, wrong) in [
+        ("base_interval: 2s, max_interval: 1s", "max_interval: max_interval must be"),
+        ("base_interval: 2s, max_interval: 3601s", "max_interval: no client"),
+        ("base_interval: 3601s", "base_interval: no client"),
+    ] {
+        let proxy = tcp(&format!("cluster: up, backoff_options: {{ {intervals} }}"));
+        let refused = read(&format!("{{ name: l, {ADDRESS}, default_filter_chain: {{ {proxy} }} }}"));
+        assert!(refused.unwrap_err().to_string().contains(&format!("backoff_options.{wrong}")), "{intervals}");
+    }
     let full = proxy(
         "weighted_clusters: { clusters: [{ name: a, weight: 1 }, { name: b, weight: 2 }] }, idle_timeout: 0s, \
          max_connect_attempts: 3, max_downstream_connection_duration: 60s, access_log: [{ name: f, typed_config: { '@type': \

@@ -19,7 +19,7 @@ use super::{
     session::{Await, Outcome, Reply, Session},
 };
 use crate::http::{
-    body::{Body, BodyError},
+    body::{Body, BodyError, WrappedBody},
     buffered::Unread,
 };
 
@@ -224,6 +224,8 @@ impl Processed {
     }
 }
 
+impl WrappedBody for Processed {}
+
 impl http_body::Body for Processed {
     type Data = Bytes;
     type Error = BodyError;
@@ -269,6 +271,12 @@ impl Watched {
         if !std::mem::replace(&mut self.ended, true) {
             self.session.send(self.side, None, messages::body(self.side, piece, true));
         }
+    }
+}
+
+impl WrappedBody for Watched {
+    fn passes(&mut self) -> Option<&mut Body> {
+        Some(&mut self.source)
     }
 }
 

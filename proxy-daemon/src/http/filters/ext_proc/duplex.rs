@@ -17,7 +17,7 @@ use super::{
     session::{Await, Session, Streamed},
 };
 use crate::http::{
-    body::{Body, BodyError},
+    body::{Body, BodyError, WrappedBody},
     stream::LocalReply,
 };
 
@@ -142,6 +142,8 @@ impl Drop for Duplex {
         self.session.abandon(self.side);
     }
 }
+
+impl WrappedBody for Duplex {}
 
 impl http_body::Body for Duplex {
     type Data = Bytes;

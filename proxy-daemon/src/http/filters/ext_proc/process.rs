@@ -27,7 +27,7 @@ use super::{
 use crate::{
     access_log::ResponseFlags,
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         buffered::Unread,
         stream::LocalReply,
         stream_end::broken_response,
@@ -332,6 +332,8 @@ struct Whole {
     told: bool,
     ended: bool,
 }
+
+impl WrappedBody for Whole {}
 
 impl http_body::Body for Whole {
     type Data = Bytes;

@@ -41,9 +41,9 @@ use crate::{
 
 /// How long a processor has to end its side of a stream that has ended on ours.
 const REMOTE_CLOSE: Duration = Duration::from_secs(1);
-/// So many times the buffer's limit of pieces may wait where what the processor says to the other side's headers comes behind them: a host
-/// may answer before it has taken the request.
-const BEFORE_HEADERS: usize = 16;
+/// So many times the buffer's limit of pieces may wait where what the processor says to the other side comes behind them: a host may answer
+/// before it has taken the request, and may take no more of that before its answer is taken. While a `message_timeout` runs there is no limit.
+const BEFORE_OTHERS: usize = 16;
 
 /// What a side waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -307,8 +307,14 @@ impl Session {
     /// Has the processor wait with what it sends while there is more of it than may be in memory.
     fn hold_up(&self, stream: &Stream) {
         let is_full = |side, other| {
-            let waits = self.side(other).awaits.get() == Some(Await::Headers);
-            let most = if waits { self.buffer_limit.saturating_mul(BEFORE_HEADERS) } else { self.buffer_limit };
+            let other = self.side(other);
+            let waits = other.awaits.get().is_some() && other.pieces.borrow().is_empty() && !other.abandoned.get();
+            let most = match waits {
+                // The processor has that long, and is not to be late for what it is not asked.
+                true if other.deadline.get().is_some() => usize::MAX,
+                true => self.buffer_limit.saturating_mul(BEFORE_OTHERS),
+                false => self.buffer_limit,
+            };
             self.side(side).piece_bytes.get() > most
         };
         stream.hold(is_full(Side::Request, Side::Response) || is_full(Side::Response, Side::Request));

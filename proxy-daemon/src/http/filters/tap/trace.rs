@@ -37,7 +37,7 @@ use super::{
 use crate::http::filters::shared::Kept;
 use crate::{
     http::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, WrappedBody},
         codec, redirect,
         route_match::authority,
         stream::{RequestHead, ResponseHead},
@@ -355,6 +355,12 @@ impl Tapped {
                 }
             }
         }
+    }
+}
+
+impl WrappedBody for Tapped {
+    fn passes(&mut self) -> Option<&mut Body> {
+        Some(&mut self.body)
     }
 }
 
