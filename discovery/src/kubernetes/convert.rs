@@ -12,8 +12,8 @@ use tracing::debug;
 
 use super::manifest::ManifestError;
 use super::raw::{
-    Annotations, HasMetadata, RawConditions, RawEndpoint, RawEndpointSlice, RawNode, RawPod, RawPodIp, RawSecret,
-    RawService, RawServiceManifest, RawServicePort, RawSlicePort, RawTargetPort,
+    Annotations, HasMetadata, RawConditions, RawContainer, RawEndpoint, RawEndpointSlice, RawNode, RawPod, RawPodIp,
+    RawPodSpec, RawSecret, RawService, RawServiceManifest, RawServicePort, RawSlicePort, RawTargetPort,
 };
 use super::{
     EndpointSlice, LABEL_SERVICE_NAME, MAX_WEIGHT, Node, ObjectKey, Objects, Pod, PodId, Service, ServicePort,
@@ -439,13 +439,18 @@ fn pod(raw: RawPod, object: &ObjectName) -> Result<Option<Pod>, ManifestError> {
         .map(|(field, text)| object.address(field, &text))
         .collect::<Result<_, _>>()?;
     let mut ports = BTreeMap::new();
-    for (c, container) in spec.and_then(|spec| spec.containers).unwrap_or_default().into_iter().enumerate() {
+    let RawPodSpec { containers, init_containers } = spec.unwrap_or_default();
+    // Sidecars are among those that come first, and go on. Kubernetes looks for a port's name among the others before.
+    let goes_on = |(_, container): &(usize, RawContainer)| container.restart_policy.as_deref() == Some("Always");
+    let sidecars = init_containers.into_iter().flatten().enumerate().filter(goes_on);
+    let containers = containers.into_iter().flatten().enumerate().map(|it| ("containers", it));
+    for (list, (c, container)) in containers.chain(sidecars.map(|it| ("initContainers", it))) {
         for (p, port) in container.ports.unwrap_or_default().into_iter().enumerate() {
-            let field = |name| format!("spec.containers[{c}].ports[{p}].{name}");
+            let field = |name| format!("spec.{list}[{c}].ports[{p}].{name}");
             let number = object.port(field("containerPort"), port.container_port)?;
             let transport = object.transport(field("protocol"), port.protocol.as_deref())?;
             if let (Some(name), Transport::Tcp) = (port.name, transport) {
-                ports.insert(name, number);
+                ports.entry(name).or_insert(number);
             }
         }
     }

@@ -211,6 +211,17 @@ fn mistakes_are_named_with_object_and_field() {
 }
 
 #[test]
+fn ports_of_sidecars_have_names_too() {
+    let text = "{apiVersion: v1, kind: Pod, metadata: {name: a, labels: {culvert.dev/offloaded: 'true'}}, spec: {containers: [{ports: \
+                [{name: admin, containerPort: 1}]}], initContainers: [{ports: [{name: once, containerPort: 2}]}, {restartPolicy: Always, \
+                ports: [{name: web, containerPort: 80}, {name: admin, containerPort: 3}]}]}}";
+    let ports = |text: &str| parse(text).unwrap().pods.values().next().unwrap().ports.clone();
+    assert!(ports(text).into_iter().eq([("admin".to_owned(), 1), ("web".to_owned(), 80)]), "{:?}", ports(text));
+    let error = parse(&text.replace("80", "80000")).unwrap_err().to_string();
+    assert!(error.contains("spec.initContainers[1].ports[0].containerPort"), "{error}");
+}
+
+#[test]
 fn hostile_yaml_is_bounded() {
     let started = std::time::Instant::now();
     // Ten levels of ten aliases each would be ten billion nodes.

@@ -137,12 +137,16 @@ pub struct RawPod {
 }
 
 #[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
 pub struct RawPodSpec {
     pub containers: Option<Vec<RawContainer>>,
+    pub init_containers: Option<Vec<RawContainer>>,
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct RawContainer {
+    pub restart_policy: Option<String>,
     pub ports: Option<Vec<RawContainerPort>>,
 }
 
