@@ -191,10 +191,14 @@ impl<T> Directory<T> {
                 continue;
             }
             let text = read_bounded(&path);
-            // Deleted since it was listed.
-            if text.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-                continue;
-            }
+            let is_missing = text.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+            let text = match is_missing {
+                // What it should name may hold what nobody knows of.
+                true if path.is_symlink() => Err(io::Error::other("a symbolic link to nothing")),
+                // Deleted since it was listed.
+                true => continue,
+                false => text,
+            };
             let file = self.files.entry(path.clone()).or_insert(File { text: None, good: None, error: None });
             changed |= match text {
                 Ok(text) => file.update(text, &path, &mut self.parse),

@@ -59,6 +59,27 @@ fn a_file_that_cannot_be_used_keeps_its_last_good_version() {
     assert_eq!(contents(&directory), [bad]);
 }
 
+#[test]
+fn a_link_to_nothing_is_told() {
+    let place = tempfile::tempdir().unwrap();
+    let target = place.path().join("target");
+    let mut directory = directory(place.path());
+    std::os::unix::fs::symlink(&target, place.path().join("a.yaml")).unwrap();
+    assert!(directory.read());
+    let nothing = Some("a symbolic link to nothing");
+    assert_eq!(contents(&directory), [("a.yaml", None, nothing)]);
+    fs::write(&target, "one").unwrap();
+    assert!(directory.read());
+    assert_eq!(contents(&directory), [("a.yaml", Some("one"), None)]);
+    fs::remove_file(&target).unwrap();
+    assert!(directory.read());
+    assert_eq!(contents(&directory), [("a.yaml", Some("one"), nothing)]);
+    assert!(!directory.read(), "said once");
+    fs::remove_file(place.path().join("a.yaml")).unwrap();
+    assert!(directory.read());
+    assert_eq!(contents(&directory), []);
+}
+
 #[tokio::test]
 async fn a_directory_that_comes_and_goes_keeps_its_files_and_is_watched_again() {
     let place = tempfile::tempdir().unwrap();

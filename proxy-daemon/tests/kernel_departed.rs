@@ -7,8 +7,15 @@ use std::io::{ErrorKind, Read as _};
 use std::time::Duration;
 
 use culvert_proxy_daemon::intercept::InterceptionConfig;
+use kernel_lab::puppet::{self, Group, Puppet};
 use kernel_lab::relay::talk;
 use kernel_lab::*;
+
+/// Not a test of its own: what another process of the node does.
+#[test]
+fn play_the_puppet() {
+    puppet::play();
+}
 
 #[test]
 fn connections_of_a_pod_that_is_gone_end_and_their_ports_are_free() {
@@ -67,6 +74,53 @@ fn connections_of_a_pod_that_is_gone_end_and_their_ports_are_free() {
             panic!("{from} -> {to}: {error}");
         });
         talk(&mut client, &mut accept(&far).0);
+    }
+    stop(&lab, interception);
+}
+
+/// The kubelet connects to pods, and so do others of the node: in its own name, as the daemon does without `original_src`. Only
+/// what the daemon has is its to end.
+#[test]
+fn connections_of_others_in_the_nodes_own_name_are_left_alone() {
+    let lab = Lab::new();
+    let (interception, _worker) = start(&lab, InterceptionConfig { pods: Vec::new(), ..lab.config() });
+    let group = Group::new(None, "kubelet");
+    let mut other = Puppet::new(&lab.node, &group);
+    let mut open = Vec::new();
+    // The node's addresses on its uplink outlive the pods.
+    let sources = [NODE, "fd00:201:9::1"];
+    for (pod, interface, addresses) in
+        [(&lab.client, "pod1", [CLIENT, CLIENT_V6]), (&lab.server, "pod2", [SERVER, SERVER_V6])]
+    {
+        let all = addresses.map(|address| address.parse().unwrap()).to_vec();
+        interception.enrol(Some(interface.to_owned()), all, None, None, None).expect("enrols");
+        let app = pod.listen("[::]:80");
+        for (address, source) in addresses.into_iter().zip(sources) {
+            lab.node.ip(&format!("route add {address} dev {interface} src {source}"));
+        }
+        let [v4, v6] = addresses;
+        for to in [format!("{v4}:80"), format!("[{v6}]:80")] {
+            let (number, _) = other.connect(&to).expect("connects");
+            let theirs = accept(&app).0;
+            let mut mine = lab.node.connect(&to).expect("connects");
+            let (mut served, _) = accept(&app);
+            talk(&mut mine, &mut served);
+            assert!(sources.contains(&&*mine.local_addr().unwrap().ip().to_string()));
+            open.push((interface, number, mine, theirs, served));
+        }
+    }
+    // With the second one it is over what the first one began.
+    for gone in ["pod1", "pod2"] {
+        lab.node.ip(&format!("link delete {gone}"));
+        for (_, _, mine, _, _) in open.iter_mut().filter(|(interface, ..)| *interface == gone) {
+            let error = mine.read(&mut [0]).expect_err("it goes on");
+            assert_eq!(error.kind(), ErrorKind::ConnectionAborted, "{error}");
+        }
+    }
+    eventually("they are counted", || counter(&interception, "ended_connections") == 4);
+    for (interface, number, ..) in &open {
+        let peer = other.order(&format!("peer {number}"));
+        assert!(peer.is_ok(), "{interface}: the other process's connection is gone: {peer:?}");
     }
     stop(&lab, interception);
 }

@@ -243,6 +243,46 @@ fn pods_are_enrolled_by_command_and_a_restart_keeps_it() {
     stop(&lab, interception);
 }
 
+/// A pod that fails closed must not be let go of because one family comes later than the other.
+#[test]
+fn what_was_enrolled_by_command_waits_for_its_routes() {
+    let lab = Lab::new();
+    let config = || InterceptionConfig { pods: Vec::new(), ..lab.config() };
+    let (interception, worker) = start(&lab, config());
+    let enrol = |address: &str, direction: Option<&str>, policy: Option<&str>| {
+        let addresses = vec![address.parse().unwrap()];
+        interception.enrol(Some("web".to_owned()), addresses, direction, policy, None).expect("enrols");
+        let status = serde_json::to_value(pod(&interception, "web").expect("enrolled")).expect("JSON");
+        ["direction", "failure_policy"].map(|key| status[key].as_str().unwrap().to_owned())
+    };
+    assert_eq!(enrol(CLIENT, Some("both"), Some("closed")), ["both", "closed"]);
+    assert_eq!(enrol(CLIENT_V6, None, None), ["both", "closed"], "what is not said stays");
+    assert_eq!(enrol(CLIENT, Some("outbound"), None), ["outbound", "closed"]);
+    drop((interception, worker));
+
+    let missing = |interception: &Interception| interception.faults().iter().filter(|it| it.contains("web")).count();
+    for (away, back, late) in [
+        (&["-6 addr del fd00:201:1::1/64 dev pod1"][..], &["addr add fd00:201:1::1/64 dev pod1 nodad"][..], 1),
+        (
+            &["-6 addr del fd00:201:1::1/64 dev pod1", "addr del 10.201.1.1/24 dev pod1"][..],
+            &["addr add fd00:201:1::1/64 dev pod1 nodad", "addr add 10.201.1.1/24 dev pod1"][..],
+            2,
+        ),
+    ] {
+        away.iter().for_each(|command| _ = lab.node.ip(command));
+        let (interception, worker) = start(&lab, config());
+        assert_eq!(missing(&interception), late, "{:?}", interception.faults());
+        assert_eq!(is_redirected(&lab, &interception), late == 1);
+        back.iter().for_each(|command| _ = lab.node.ip(command));
+        eventually("enrolled", || is_enrolled(&interception, "web"));
+        assert_eq!(interception.faults(), Vec::<String>::new());
+        drop((interception, worker));
+    }
+    let (interception, _worker) = start(&lab, config());
+    assert!(is_enrolled(&interception, "web") && is_redirected(&lab, &interception));
+    stop(&lab, interception);
+}
+
 /// istio#61182.
 #[test]
 fn pods_of_which_nobody_can_know_keep_the_node_from_being_ready() {

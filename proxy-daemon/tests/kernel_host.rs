@@ -9,7 +9,9 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::time::Instant;
 
-use culvert_proxy_daemon::intercept::{FailurePolicy, HostFlows, HostMode, Interception, InterceptionConfig, Range};
+use culvert_proxy_daemon::intercept::{
+    FailurePolicy, HostFlows, HostMode, Interception, InterceptionConfig, Policy, Range,
+};
 use kernel_lab::process::role;
 use kernel_lab::puppet::{self, Group, Puppet};
 use kernel_lab::*;
@@ -362,6 +364,26 @@ fn cgroups_are_enrolled_by_command_and_a_restart_keeps_it() {
     drop(interception);
     let interception = lab.start(config(), 1);
     assert!(is_refused(&mut app));
+    assert_eq!(interception.cgroups(), status);
+
+    // Host mode is taken out of the configuration, and comes again.
+    drop(interception);
+    let policy = |failure_policy| Policy { failure_policy, ..Policy::default() };
+    for (failure_policy, faults) in [(FailurePolicy::Closed, 1), (FailurePolicy::Open, 0)] {
+        let config = InterceptionConfig { host: None, policy: policy(failure_policy), ..lab.config() };
+        let without = lab.start(InterceptionConfig { pods: Vec::new(), ..config }, 1);
+        assert!(!is_refused(&mut app));
+        let missing = without.cgroups();
+        assert!(missing.len() == 1 && missing[0].by_command && !missing[0].attached, "{missing:?}");
+        let told = without.faults();
+        assert_eq!(
+            told.iter().filter(|it| it.contains(path) && it.contains("has no `host`")).count(),
+            faults,
+            "{told:?}"
+        );
+        stop(&lab, without);
+    }
+    let interception = lab.start(config(), 1);
     assert_eq!(interception.cgroups(), status);
     interception.unenrol(path).expect("unenrols");
     assert!(!is_refused(&mut app));

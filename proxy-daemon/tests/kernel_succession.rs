@@ -78,6 +78,33 @@ fn a_daemon_takes_over_again_when_its_successor_dies() {
     assert_eq!(taken_by(&lab, [&app]), Some(0));
 }
 
+/// What went while another daemon served is seen by the one that takes over again.
+#[test]
+fn connections_of_a_pod_that_went_meanwhile_end() {
+    let lab = Lab::new();
+    let config = || InterceptionConfig { pods: Vec::new(), ..closed(&lab) };
+    let (first, old) = start(&lab, config());
+    let enrol = |address: &str| first.enrol(None, vec![address.parse().unwrap()], None, None, None).expect("enrols");
+    enrol(CLIENT);
+    enrol(SERVER);
+    let mut going = lab.client.connect("10.96.0.10:80").expect("redirected");
+    let (mut served, _) = accept(&old);
+    let mut staying = lab.server.connect("10.96.0.10:80").expect("redirected");
+    let (mut served_on, _) = accept(&old);
+    say(&mut going, &mut served);
+    let second = start(&lab, config());
+    assert!(first.is_followed());
+    drop(second);
+    // Nobody's connections end with a daemon that is followed, and another pod has the address at once.
+    lab.node.ip("link delete pod1");
+    lab.rewire_client();
+    let error = served.read(&mut [0]).expect_err("it goes on");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionAborted, "{error}");
+    assert!(!first.is_followed());
+    say(&mut staying, &mut served_on);
+    stop(&lab, first);
+}
+
 /// An upgrade that is taken back: no connection fails, and none passes.
 #[test]
 fn a_daemon_takes_over_again_when_its_successor_is_told_to_end() {

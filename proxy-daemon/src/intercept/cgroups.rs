@@ -1,6 +1,6 @@
 //! Attaches the programs that work when processes connect to cgroups: those that are there, and those that appear later.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -90,8 +90,8 @@ pub(super) struct Hooks {
     pins: PathBuf,
     /// By the number of the cgroup's directory.
     attached: HashMap<u64, PathBuf>,
-    /// What the last look could not do.
-    faults: Vec<String>,
+    /// What the last look could not do, by the cgroup, or the directory of the pins.
+    faults: BTreeMap<PathBuf, String>,
 }
 
 impl Hooks {
@@ -114,7 +114,7 @@ impl Hooks {
                 });
             }
         }
-        Ok(Self { role, patterns: patterns.to_vec(), pins, attached: HashMap::new(), faults: Vec::new() })
+        Ok(Self { role, patterns: patterns.to_vec(), pins, attached: HashMap::new(), faults: BTreeMap::new() })
     }
 
     /// Finds the cgroups that match now, and the directories in which such may appear.
@@ -137,7 +137,14 @@ impl Hooks {
     /// Of the errors those are returned that are news; all are [`Self::faults`] until a look goes well.
     pub(super) fn reconcile(&mut self, ebpf: &mut Ebpf) -> (Vec<PathBuf>, Vec<InterceptError>) {
         let (parents, found) = self.expand();
-        let mut errors = Vec::new();
+        let (mut errors, mut faults) = (Vec::new(), BTreeMap::new());
+        let mut fails = |place: &Path, error: InterceptError| {
+            let fault = error.to_string();
+            if self.faults.get(place) != Some(&fault) {
+                errors.push(error);
+            }
+            faults.insert(place.to_owned(), fault);
+        };
         let mut here = HashSet::new();
         for path in found.into_iter().filter(|path| is_cgroup(path)) {
             // It may be gone again.
@@ -152,22 +159,33 @@ impl Hooks {
                     self.attached.insert(number, path);
                 }
                 Err(_) if !path.exists() => {}
-                Err(reason) => errors.push(InterceptError::Hooks { field: self.role.field(), path, reason }),
+                Err(reason) => {
+                    let error = InterceptError::Hooks { field: self.role.field(), path: path.clone(), reason };
+                    fails(&path, error);
+                }
             }
         }
         self.attached.retain(|number, _| here.contains(number));
         if let Err(error) = self.remove_pins(|number| here.contains(&number)) {
-            errors.push(InterceptError::PinPath { path: self.pins.clone(), reason: error.to_string() });
+            fails(&self.pins, InterceptError::PinPath { path: self.pins.clone(), reason: error.to_string() });
         }
-        let faults = errors.iter().map(ToString::to_string).collect();
-        let known = std::mem::replace(&mut self.faults, faults);
-        errors.retain(|error| !known.contains(&error.to_string()));
+        self.faults = faults;
         (parents, errors)
     }
 
     /// What the last look could not do, to be tried again.
-    pub(super) fn faults(&self) -> &[String] {
-        &self.faults
+    pub(super) fn faults(&self) -> impl Iterator<Item = &String> {
+        self.faults.values()
+    }
+
+    /// Whether there is anything to try again.
+    pub(super) fn has_faults(&self) -> bool {
+        !self.faults.is_empty()
+    }
+
+    /// Why this cgroup does not have the programs, as of the last look.
+    pub(super) fn fault_of(&self, cgroup: &Path) -> Option<&String> {
+        self.faults.get(cgroup)
     }
 
     /// Has the next look attach everywhere, in the place of what another daemon attached meanwhile.
@@ -244,7 +262,7 @@ impl Hooks {
 
 /// Removes what an earlier daemon pinned for a role that is not wanted any more.
 pub(super) fn remove_pins_of(role: Role, pins: &Path) -> Result<(), InterceptError> {
-    let (patterns, attached, faults) = (Vec::new(), HashMap::new(), Vec::new());
+    let (patterns, attached, faults) = (Vec::new(), HashMap::new(), BTreeMap::new());
     let nobody = Hooks { role, patterns, pins: pins.to_owned(), attached, faults };
     let error = |error: io::Error| InterceptError::PinPath { path: pins.to_owned(), reason: error.to_string() };
     nobody.remove_pins(|_| false).map_err(error)

@@ -34,6 +34,24 @@ fn root() -> PathBuf {
 }
 
 #[test]
+fn a_cgroup_has_no_faults_of_its_neighbours() {
+    let mut hooks = Hooks {
+        role: Role::Host,
+        patterns: Vec::new(),
+        pins: PathBuf::from("/pins"),
+        attached: HashMap::new(),
+        faults: BTreeMap::new(),
+    };
+    assert!(!hooks.has_faults());
+    for path in ["/cgroup/app2", "/cgroup/app/child", "/pins"] {
+        hooks.faults.insert(PathBuf::from(path), format!("host.cgroups {path}: refused"));
+    }
+    assert!(hooks.has_faults() && hooks.faults().count() == 3);
+    assert_eq!(hooks.fault_of(Path::new("/cgroup/app")), None);
+    assert_eq!(hooks.fault_of(Path::new("/cgroup/app/child/")).unwrap(), "host.cgroups /cgroup/app/child: refused");
+}
+
+#[test]
 fn cgroups_are_watched_where_more_may_appear() {
     let root = root();
     let (mut parents, mut found) = (Vec::new(), Vec::new());

@@ -38,7 +38,8 @@ impl Commanded {
         Self { name, addresses, direction, failure_policy, acceleration, interface }
     }
 
-    fn policy(&self) -> Option<Policy> {
+    /// What is done with its connections.
+    pub(super) fn policy(&self) -> Option<Policy> {
         Some(Policy {
             failure_policy: FailurePolicy::of_name(&self.failure_policy)?,
             traffic: Traffic::of_name(&self.direction)?,

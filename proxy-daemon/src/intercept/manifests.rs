@@ -174,13 +174,6 @@ pub(super) fn known(pod: RawPod, enrolment: &Enrolment) -> Result<Option<Dated>,
     }
     let namespace = if metadata.namespace.is_empty() { "default" } else { &metadata.namespace };
     let name = format!("{namespace}/{}", metadata.name);
-    let mut addresses: Vec<IpAddr> = Vec::new();
-    for text in status.pod_ips.iter().map(|it| &it.ip).chain([&status.pod_ip]).filter(|text| !text.is_empty()) {
-        let address = pod_address(text).ok_or_else(|| format!("Pod {name}: `{text}` is not a pod's address"))?;
-        if !addresses.contains(&address) {
-            addresses.push(address);
-        }
-    }
     let ended = matches!(status.phase.as_str(), "Succeeded" | "Failed");
     let wanted = if spec.host_network {
         Err("it uses the node's network".to_owned())
@@ -192,11 +185,19 @@ pub(super) fn known(pod: RawPod, enrolment: &Enrolment) -> Result<Option<Dated>,
             None => Err("no selector matches it".to_owned()),
         }
     };
-    if spec.host_network || ended {
-        // What it has is not its own, or not any more.
-        addresses.clear();
-    }
     let leaving = metadata.deletion_timestamp.is_some();
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    let told = status.pod_ips.iter().map(|it| &it.ip).chain([&status.pod_ip]);
+    // What such a pod has is not its own, or not any more.
+    for text in told.filter(|text| !text.is_empty() && !spec.host_network && !ended) {
+        match pod_address(text) {
+            Some(address) if addresses.contains(&address) => {}
+            Some(address) => addresses.push(address),
+            // One that is not to be enrolled, or is going, holds nobody up.
+            None if wanted.is_err() || leaving => {}
+            None => return Err(format!("Pod {name}: `{text}` is not a pod's address")),
+        }
+    }
     let created = metadata.creation_timestamp;
     let identity = format!("{name} {} {}", metadata.uid, created.as_deref().unwrap_or_default());
     let origin = Origin::Manifest;

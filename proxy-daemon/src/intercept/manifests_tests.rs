@@ -53,6 +53,27 @@ fn what_is_not_to_be_enrolled_says_why() {
     assert_eq!(read(&pod("d", "mesh: 'on'", "", "")).unwrap()[0].addresses, Vec::<IpAddr>::new());
 }
 
+/// istio#55794.
+#[test]
+fn pods_that_are_not_to_be_enrolled_hold_nobody_up_with_odd_addresses() {
+    let ips = ", podIPs: [{ip: 127.0.0.1}, {ip: 10.0.0.2}, {ip: 'no'}]";
+    let unmatched = pod("b", "mesh: 'off'", "127.0.0.1", ips);
+    let known = read(&unmatched).unwrap();
+    assert_eq!(known[0].addresses, ["10.0.0.2".parse::<IpAddr>().unwrap()], "it keeps what is its own from others");
+    let on = pod("b", "mesh: 'on'", "127.0.0.1", "");
+    assert!(read(&on).is_err());
+    for (text, reason) in [
+        (on.replace("node-a}", "node-a, hostNetwork: true}"), "it uses the node's network"),
+        (pod("b", "mesh: 'on'", "127.0.0.1", ", phase: Failed"), "it has ended"),
+    ] {
+        let known = read(&text).unwrap();
+        assert_eq!((&known[0].wanted, &*known[0].addresses), (&Err(reason.to_owned()), &[][..]));
+    }
+    let leaving = on.replace("uid:", "deletionTimestamp: '2026-01-01T00:00:00Z', uid:");
+    let known = read(&leaving).unwrap();
+    assert!(known[0].leaving && known[0].addresses.is_empty());
+}
+
 #[test]
 fn other_nodes_and_other_kinds_are_passed_over() {
     let other = pod("a", "mesh: 'on'", "10.0.0.1", "").replace("node-a", "node-b");
@@ -65,7 +86,8 @@ fn other_nodes_and_other_kinds_are_passed_over() {
 #[test]
 fn bad_manifests_say_what_is_wrong() {
     assert!(read("a: [").is_err());
-    assert!(read(&pod("a", "", "10.0.0.300", "")).unwrap_err().contains("`10.0.0.300` is not a pod's address"));
+    let error = read(&pod("a", "mesh: 'on'", "10.0.0.300", "")).unwrap_err();
+    assert!(error.contains("`10.0.0.300` is not a pod's address"), "{error}");
     assert!(read("kind: Pod\nspec: {nodeName: node-a}").unwrap_err().contains("metadata.name"));
     assert!(read("kind: Pod\nmetadata: {name: [a]}").is_err());
 }
@@ -124,6 +146,9 @@ fn what_may_hide_pods_of_this_node_is_told() {
     write("b.yaml", &good);
     assert_eq!(told(), "");
     let bad = format!("{good}---\n{}", pod("c", "mesh: 'on'", "10.66.9.999", ""));
+    // It would not be enrolled anyway.
+    write("b.yaml", &bad.replace("name: c", "name: c, deletionTimestamp: '2026-01-01T00:00:00Z'"));
+    assert_eq!(told(), "");
     write("b.yaml", &bad);
     let broken = "Pod shop/c: `10.66.9.999` is not a pod's address";
     assert_eq!(told(), format!("enrolment.pod_manifests /b.yaml: {broken}; its last good version stays in force"));

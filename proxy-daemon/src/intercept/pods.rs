@@ -205,9 +205,9 @@ impl Pods {
         left
     }
 
-    /// The addresses of the pods that had this interface, which is gone: and they with it.
-    pub(super) fn leave(&mut self, interface: u32) -> Vec<IpAddr> {
-        let gone = self.homes.extract_if(|_, home| *home == interface);
+    /// The addresses of the pods that had interfaces that are gone: and they with them.
+    pub(super) fn leave(&mut self, is_gone: impl Fn(u32) -> bool) -> Vec<IpAddr> {
+        let gone = self.homes.extract_if(|_, home| is_gone(*home));
         gone.map(|(address, _)| address).collect()
     }
 

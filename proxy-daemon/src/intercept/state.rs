@@ -305,7 +305,7 @@ impl State {
     fn carry_on(&mut self, all_due: bool) {
         let Some(carried) = &mut self.carried else { return };
         carried.add_more(&mut self.ebpf);
-        let have_faults = !self.unattached.is_empty() || self.hooks.iter().any(|hooks| !hooks.faults().is_empty());
+        let have_faults = !self.unattached.is_empty() || self.hooks.iter().any(Hooks::has_faults);
         if all_due && !have_faults {
             self.carried = None;
         }
@@ -348,7 +348,7 @@ impl State {
             && !self.routing_failed
             && !self.pods.has_faults()
             && self.unattached.is_empty()
-            && self.hooks.iter().all(|hooks| hooks.faults().is_empty())
+            && self.hooks.iter().all(|hooks| !hooks.has_faults())
     }
 
     /// Tries again what failed, and ends what lasted long enough.
@@ -385,7 +385,7 @@ impl State {
         if self.pods.has_faults() {
             self.reconcile_pods();
         }
-        if self.carried.is_some() || self.hooks.iter().any(|hooks| !hooks.faults().is_empty()) {
+        if self.carried.is_some() || self.hooks.iter().any(Hooks::has_faults) {
             errors.extend(self.reconcile_cgroups().1);
         }
         errors
@@ -450,6 +450,7 @@ impl State {
             .cloned()
             .chain(self.pods.faults())
             .chain(unattached)
+            .chain(self.unhosted())
             .collect()
     }
 

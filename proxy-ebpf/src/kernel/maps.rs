@@ -53,7 +53,7 @@ static LOCAL_ADDRESSES: HashMap<Address, u8, MAX_LOCAL_ADDRESSES> = HashMap::new
 #[btf_map]
 pub static LISTENERS: SockMap<LISTENER_SLOTS> = SockMap::new();
 
-/// Packets whose first piece was of one of the daemon's connections: the others are too. The oldest go when it is full.
+/// Packets whose first piece was of one of the daemon's connections: the others are too. The least used go when it is full.
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, u8, MAX_FRAGMENTED> = LruHashMap::new();
 

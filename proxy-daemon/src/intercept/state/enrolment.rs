@@ -1,5 +1,6 @@
 //! Which pods are enrolled: by the bootstrap, by manifests and API servers, and by command.
 
+use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -88,16 +89,18 @@ impl State {
         }
     }
 
-    /// Reads what was enrolled by command, and forgets what is on another interface by now.
+    /// Reads what was enrolled by command, and forgets what is on another interface by now. What only has no route at present is one of
+    /// the faults, and tried again.
     pub(super) fn recall(&mut self) -> Result<(), InterceptError> {
         let path = self.config.state_path.clone();
         self.commanded =
             commanded::read(&path).map_err(|reason| InterceptError::StateFile { path: path.clone(), reason })?;
         let written = self.commanded.len();
+        let links = self.links()?;
         let netlink = &mut self.netlink;
         self.commanded.retain(|pod| {
-            let stays =
-                pod.addresses.iter().all(|it| matches!(netlink.route_to(*it), Ok(Some(to)) if to == pod.interface));
+            let is_there = links.iter().any(|link| link.index == pod.interface);
+            let stays = stays(pod, is_there, |address| netlink.route_to(address));
             if !stays {
                 tracing::warn!(pod = pod.name, "was enrolled by command, and is not any more: its interface is gone");
             }
@@ -117,7 +120,13 @@ impl State {
         acceleration: Option<&str>,
     ) -> Result<(), InterceptError> {
         let refuse = |reason: String| Err(InterceptError::Command(reason));
-        let default = self.config.policy;
+        addresses.sort_unstable();
+        addresses.dedup();
+        let Some(first) = addresses.first().copied() else { return refuse("an address is needed".to_owned()) };
+        let name = name.unwrap_or_else(|| first.to_string());
+        // What is not said stays as the pod has it.
+        let enrolled = self.commanded.iter().find(|pod| pod.name == name);
+        let default = enrolled.and_then(Commanded::policy).unwrap_or(self.config.policy);
         let Some(traffic) = direction.map_or(Some(default.traffic), Traffic::of_name) else {
             return refuse("direction is outbound, inbound or both".to_owned());
         };
@@ -127,10 +136,6 @@ impl State {
         let Some(acceleration) = level else {
             return refuse("acceleration is off, automatic, shortcut, both-ways or joined".to_owned());
         };
-        addresses.sort_unstable();
-        addresses.dedup();
-        let Some(first) = addresses.first().copied() else { return refuse("an address is needed".to_owned()) };
-        let name = name.unwrap_or_else(|| first.to_string());
         let mut interface = None;
         for address in &addresses {
             let to = self.netlink.route_to(*address);
@@ -225,7 +230,47 @@ impl State {
     }
 }
 
+/// Whether what was enrolled by command is still the same pod: the node has one of its addresses on the interface that it had then; or has
+/// none of them anywhere for now (at boot, one family comes later than the other), and the interface `is_there`.
+fn stays(pod: &Commanded, is_there: bool, mut route_to: impl FnMut(IpAddr) -> io::Result<Option<u32>>) -> bool {
+    let mut is_elsewhere = false;
+    for address in &pod.addresses {
+        match route_to(*address) {
+            Ok(Some(to)) if to == pod.interface => return true,
+            Ok(Some(_)) => is_elsewhere = true,
+            Ok(None) | Err(_) => {}
+        }
+    }
+    is_there && !is_elsewhere
+}
+
 /// Addresses, for people.
 fn listed(addresses: &[IpAddr]) -> String {
     addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_without_a_route_is_not_another_one() {
+        let policy = Policy::default();
+        let addresses = vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()];
+        let pod = Commanded::new("a".to_owned(), addresses, policy, 7);
+        let stays = |is_there: bool, v4: io::Result<Option<u32>>, v6: io::Result<Option<u32>>| {
+            let mut routes = [Some(v4), Some(v6)];
+            super::stays(&pod, is_there, |address| routes[usize::from(address.is_ipv6())].take().unwrap())
+        };
+        let failed = || Err(io::Error::other("no buffer space"));
+        assert!(stays(true, Ok(Some(7)), Ok(Some(7))));
+        for other in [Ok(None), Ok(Some(1)), failed()] {
+            assert!(stays(true, Ok(Some(7)), other));
+        }
+        assert!(stays(true, Ok(None), Ok(Some(7))));
+        assert!(stays(true, Ok(None), failed()), "its routes may come");
+        assert!(!stays(false, Ok(None), failed()), "its interface is gone");
+        assert!(!stays(false, Ok(Some(8)), Ok(Some(8))));
+        assert!(!stays(true, Ok(Some(8)), Ok(None)), "its address is another's");
+    }
 }

@@ -7,7 +7,7 @@ use super::removal::remove_pinned_in;
 use crate::intercept::CgroupStatus;
 use crate::intercept::cgroups::{self, Hooks, Role, is_cgroup};
 use crate::intercept::commanded;
-use crate::intercept::config::nests;
+use crate::intercept::config::{FailurePolicy, nests};
 use crate::intercept::connect_config::cgroup;
 use crate::intercept::error::InterceptError;
 use crate::intercept::{kernel, sessions};
@@ -79,17 +79,25 @@ impl State {
         Some(configured.iter().chain(&self.commanded_cgroups).cloned().collect())
     }
 
-    /// Reads what was enrolled by command.
+    /// Reads what was enrolled by command. Without host mode nothing of it is in force, which is said.
     pub(super) fn recall_cgroups(&mut self) -> Result<(), InterceptError> {
-        if self.config.host.is_none() {
-            return Ok(());
-        }
         let path = &self.config.state_path;
         let read = commanded::read_cgroups(path);
         self.commanded_cgroups =
             read.map_err(|reason| InterceptError::StateFile { path: commanded::path_of_cgroups(path), reason })?;
+        if self.config.host.is_none() {
+            self.commanded_cgroups.iter().for_each(|cgroup| tracing::warn!("{}", without_host(cgroup)));
+        }
         self.note_host_cgroups();
         Ok(())
+    }
+
+    /// The cgroups that were enrolled by command when there was host mode, where what has no policy of its own fails closed: that they
+    /// go round the daemon now may be meant by nobody.
+    pub(super) fn unhosted(&self) -> impl Iterator<Item = String> {
+        let config = &self.config;
+        let is_told = config.host.is_none() && config.policy.failure_policy == FailurePolicy::Closed;
+        self.commanded_cgroups.iter().filter(move |_| is_told).map(|cgroup| without_host(cgroup))
     }
 
     pub(in crate::intercept) fn enrol_cgroup(&mut self, path: &str) -> Result<(), InterceptError> {
@@ -116,9 +124,8 @@ impl State {
         let before = self.commanded_cgroups.clone();
         let wanted = before.iter().chain([&path]).cloned().collect();
         self.command_cgroups(wanted)?;
-        let mut faults = self.hooks.iter().filter(|hooks| hooks.role() == Role::Host).flat_map(Hooks::faults);
-        let fault = faults.find(|fault| fault.contains(&*path.to_string_lossy())).cloned();
-        if let Some(fault) = fault {
+        let mut host = self.hooks.iter().filter(|hooks| hooks.role() == Role::Host);
+        if let Some(fault) = host.find_map(|hooks| hooks.fault_of(&path)).cloned() {
             self.command_cgroups(before)?;
             return refuse(fault);
         }
@@ -164,18 +171,28 @@ impl State {
     pub(in crate::intercept) fn cgroups(&self) -> Vec<CgroupStatus> {
         let mut found = Vec::new();
         for hooks in &self.hooks {
-            let attached = hooks.cgroups();
-            let commanded = self.commanded_cgroups.iter().filter(|_| hooks.role() == Role::Host);
-            let missing = commanded.filter(|cgroup| !attached.contains(cgroup)).cloned();
-            let all =
-                attached.iter().cloned().map(|cgroup| (cgroup, true)).chain(missing.map(|cgroup| (cgroup, false)));
-            found.extend(all.map(|(cgroup, attached)| CgroupStatus {
+            found.extend(hooks.cgroups().into_iter().map(|cgroup| CgroupStatus {
                 by_command: hooks.role() == Role::Host && self.commanded_cgroups.contains(&cgroup),
                 cgroup,
                 role: hooks.role().name(),
-                attached,
+                attached: true,
             }));
+        }
+        let host = Role::Host.name();
+        for cgroup in &self.commanded_cgroups {
+            if !found.iter().any(|other| other.role == host && other.cgroup == *cgroup) {
+                found.push(CgroupStatus { cgroup: cgroup.clone(), role: host, by_command: true, attached: false });
+            }
         }
         found
     }
+}
+
+/// Why a cgroup that was enrolled by command is not any more.
+fn without_host(cgroup: &Path) -> String {
+    format!(
+        "cgroup {} was enrolled by command, and is not any more: the bootstrap's extension has no `host` now; unenroll it, or add \
+         `host: {{}}`",
+        cgroup.display()
+    )
 }

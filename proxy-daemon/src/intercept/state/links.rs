@@ -183,7 +183,7 @@ impl State {
         }
         // First of all what matters: it does not wait for a disk.
         let forgotten = self.forget_link(index);
-        self.departed.extend(self.pods.leave(index));
+        self.departed.extend(self.pods.leave(|home| home == index));
         if self.commanded.iter().all(|pod| pod.interface != index) {
             return forgotten;
         }
@@ -201,11 +201,26 @@ impl State {
         }
     }
 
+    /// All interfaces of the node.
+    pub(super) fn links(&mut self) -> Result<Vec<Link>, InterceptError> {
+        self.netlink.links().map_err(|source| InterceptError::netlink("list interfaces", source))
+    }
+
+    /// Notes which pods are gone, by all interfaces that there are: nothing tells of those that went while another daemon served.
+    pub(super) fn leave_gone(&mut self, links: &[Link]) {
+        let gone = self.pods.leave(|home| links.iter().all(|link| link.index != home));
+        if !gone.is_empty() {
+            self.departed.extend(gone);
+            self.try_again_soon();
+        }
+    }
+
     pub(in crate::intercept) fn reconcile_all_links(&mut self) -> Result<(), InterceptError> {
         if self.waits.is_some() || self.is_followed() {
             return Ok(());
         }
-        let links = self.netlink.links().map_err(|source| InterceptError::netlink("list interfaces", source))?;
+        let links = self.links()?;
+        self.leave_gone(&links);
         let known = self.attachments.keys().chain(self.bridge_ports.keys());
         let mut gone: Vec<u32> = known.copied().filter(|index| links.iter().all(|link| link.index != *index)).collect();
         gone.sort_unstable();

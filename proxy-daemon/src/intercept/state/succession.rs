@@ -125,6 +125,9 @@ impl State {
             tracing::warn!(%error, "what was enrolled by command meanwhile is not known");
         }
         self.reconcile_addresses()?;
+        // Before others with their addresses are enrolled.
+        let links = self.links()?;
+        self.leave_gone(&links);
         self.reconcile_pods();
         self.take_over()
     }
