@@ -314,6 +314,28 @@ fn a_service_of_the_node_itself_is_reached() -> Result<()> {
     Ok(())
 }
 
+/// As kube-proxy does with Services' addresses, of which those that are not the mesh's pass through: answers in the pod's name would go to
+/// the pod.
+#[test]
+fn an_address_that_the_node_translates_is_reached() -> Result<()> {
+    let stage = Stage::new("translated")?;
+    let fields = format!("{}    node_source_ranges: [10.99.0.0/16]\n", stage.by_address());
+    let bootstrap = stage.bootstrap(&fields, stage.far.ipv4())?;
+    let mut daemon = stage.daemon(&bootstrap, &[])?;
+    stage.wait_until_ready(&mut daemon)?;
+    let rules = format!(
+        "table ip services {{ chain output {{ type nat hook output priority -100; ip daddr 10.99.0.1 dnat to {}; }} }}",
+        stage.far.ipv4()
+    );
+    stage.node.spawn("nft", &["nft", &rules])?.wait(DEADLINE)?.success()?;
+    let answer = call(&stage.pod, "http://10.99.0.1:8080/")?;
+    assert_eq!((&answer["pod"], &answer["peer"]), (&"far".into(), &stage.node.ipv4().to_string().into()), "{answer}");
+    // Elsewhere it is the pod's own.
+    let answer = call(&stage.pod, &urls(&stage.far)[0])?;
+    assert_eq!(answer["peer"], stage.pod.ipv4().to_string(), "{answer}");
+    Ok(())
+}
+
 #[test]
 fn pods_are_enrolled_and_the_node_says_when_one_is_not() -> Result<()> {
     let stage = Stage::new("enrolment")?;

@@ -97,6 +97,8 @@ pub struct InterceptionConfig {
     pub inbound_excluded_ports: Vec<u16>,
     /// Source ranges whose connections to pods are never redirected.
     pub inbound_excluded_ranges: Vec<Range>,
+    /// Destination ranges to which connections are made in the node's name.
+    pub node_source_ranges: Vec<Range>,
     /// Users whose connections are never redirected.
     pub excluded_uids: Vec<u32>,
     /// The listener that receives redirected connections of pods.
@@ -151,6 +153,7 @@ impl Default for InterceptionConfig {
             excluded_ranges: Vec::new(),
             inbound_excluded_ports: Vec::new(),
             inbound_excluded_ranges: Vec::new(),
+            node_source_ranges: Vec::new(),
             excluded_uids: Vec::new(),
             inbound_listener: DEFAULT_INBOUND_LISTENER.to_owned(),
             outbound_listener: DEFAULT_OUTBOUND_LISTENER.to_owned(),
@@ -198,6 +201,7 @@ impl InterceptionConfig {
             inbound_listener,
             inbound_excluded_ports,
             inbound_excluded_ranges,
+            node_source_ranges,
             excluded_uids,
             enrolment,
             state_path,
@@ -256,6 +260,7 @@ impl InterceptionConfig {
             excluded_ranges: ranges(excluded_ranges, "excluded_ranges")?,
             inbound_excluded_ports: ports(inbound_excluded_ports, "inbound_excluded_ports")?,
             inbound_excluded_ranges: ranges(inbound_excluded_ranges, "inbound_excluded_ranges")?,
+            node_source_ranges: ranges(node_source_ranges, "node_source_ranges")?,
             excluded_uids: users(excluded_uids)?,
             outbound_listener: non_empty(outbound_listener).unwrap_or(default.outbound_listener),
             inbound_listener: non_empty(inbound_listener).unwrap_or(default.inbound_listener),

@@ -103,6 +103,7 @@ fn every_field_is_taken() {
         inbound_listener: "ingress".to_owned(),
         inbound_excluded_ports: vec![9090],
         inbound_excluded_ranges: vec!["fd00::/8".to_owned()],
+        node_source_ranges: vec!["10.96.0.0/12".to_owned()],
         excluded_uids: vec![0, 1337],
         enrolment: Some(message::Enrolment {
             pod_manifests: "/pods".to_owned(),
@@ -145,6 +146,7 @@ fn every_field_is_taken() {
         excluded_ranges: vec![Range { address: "169.254.0.0".parse().unwrap(), length: 16 }],
         inbound_excluded_ports: vec![9090],
         inbound_excluded_ranges: vec![Range { address: "fd00::".parse().unwrap(), length: 8 }],
+        node_source_ranges: vec![Range { address: "10.96.0.0".parse().unwrap(), length: 12 }],
         excluded_uids: vec![0, 1337],
         inbound_listener: "ingress".to_owned(),
         outbound_listener: "egress".to_owned(),

@@ -168,6 +168,7 @@ impl Interception {
         let installed = lock().install();
         let started = installed.and_then(|()| Threads::start(monitor, &state));
         mark::note(lock().config.mark);
+        node_addresses::note_translated(&lock().config.node_source_ranges);
         let threads = started.inspect_err(|_| {
             if let Err(error) = lock().remove() {
                 tracing::error!(%error, "cannot undo a failed start of interception");

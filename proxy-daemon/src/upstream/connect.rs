@@ -283,7 +283,7 @@ fn can_lend(client: IpAddr, to: SocketAddr) -> bool {
     let is_itself = client == host;
     // A program of the node would answer the pod, to which its packets go straight, and not this daemon.
     let is_of_node = node_addresses::include(host) && !node_addresses::include(client);
-    client.is_ipv4() == to.is_ipv4() && !is_itself && !is_of_node
+    client.is_ipv4() == to.is_ipv4() && !is_itself && !is_of_node && !node_addresses::translates(host)
 }
 
 fn plain_socket(to: SocketAddr, keepalive: Option<&TcpKeepalive>) -> io::Result<Socket> {

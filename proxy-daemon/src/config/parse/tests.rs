@@ -351,6 +351,7 @@ fn interception_is_checked() {
         ("interfaces: [a], excluded_ranges: ['10.0.0.0/99']", "excluded_ranges[0]: "),
         ("interfaces: [a], inbound_excluded_ports: [0]", "inbound_excluded_ports[0]: "),
         ("interfaces: [a], inbound_excluded_ranges: [x]", "inbound_excluded_ranges[0]: "),
+        ("interfaces: [a], node_source_ranges: [10.96.0.0/12, '::/129']", "node_source_ranges[1]: "),
         ("interfaces: [a], excluded_uids: [7, 65534]", "excluded_uids[1]: "),
         ("interfaces: [a], state_path: x", "state_path: "),
         ("interfaces: [a], enrolment: { pod_manifests: /pods }", "enrolment.selectors: "),
