@@ -184,6 +184,7 @@ pub async fn serve(
     });
     let started = clock::now();
     let chosen = stream.alpn().map(|protocol| protocol == b"h2");
+    let lasts = manager.config.max_connection_duration.map(|limit| jittered(limit, manager.config.duration_jitter));
     let (read, written) = (stats.downstream_cx_rx_bytes_total, stats.downstream_cx_tx_bytes_total);
     let mut io = DownstreamIo::new(Metered::new(stream, read, written));
     let http2 = match (manager.config.codec_type, chosen) {
@@ -197,6 +198,10 @@ pub async fn serve(
                 biased;
                 sniffed = io.sniff_http2() => Some(sniffed),
                 () = async { worker.sleeps.sleep(limit).await } => None,
+                () = over(lasts) => {
+                    stats.downstream_cx_max_duration_reached.inc();
+                    None
+                }
                 () = drain.triggered() => None,
             };
             match sniffed {
@@ -222,7 +227,7 @@ pub async fn serve(
         stall_limit: Cell::new(stall_limit(&manager.config, http2)),
         worn_out: Notify::new(),
         ends_softly: !http2 && manager.config.http1_safe_max_connection_duration,
-        lasts: manager.config.max_connection_duration.map(|limit| jittered(limit, manager.config.duration_jitter)),
+        lasts,
     });
     let end = if http2 {
         stats.downstream_cx_http2_total.inc();
@@ -260,6 +265,9 @@ enum Stage {
     Closing,
 }
 
+/// While streams are under way, so often it is looked whether a connection that is to end has nothing to do any more, or less often.
+const UNHEARD_AT_LEAST: Duration = Duration::from_secs(1);
+
 /// How a connection has come to another stage of its end.
 struct End {
     next: Stage,
@@ -267,6 +275,30 @@ struct End {
     reason: Counter,
     /// The daemon or the listener drains, which takes only so long.
     is_drain: bool,
+}
+
+/// Ends when so much time has passed, if it ever does.
+async fn over(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Ends when a connection that is to end has had nothing under way for long enough: who is told by GOAWAY, and acknowledges nothing, is not
+/// waited for.
+async fn unheard(state: &ConnState) {
+    let limit = state.manager.config.delayed_close_timeout.unwrap_or_default();
+    let since = clock::now();
+    loop {
+        let left = limit.saturating_sub(clock::since(since.max(state.idle_since.get())));
+        let busy = state.active.get() > 0;
+        if left.is_zero() && !busy {
+            return;
+        }
+        // A stream that is under way has this long again when it has ended.
+        tokio::time::sleep(if busy { limit.max(UNHEARD_AT_LEAST) } else { left }).await;
+    }
 }
 
 /// Ends when the timer does, where there is one.
@@ -278,7 +310,7 @@ async fn elapsed(timer: std::pin::Pin<&mut Option<tokio::time::Sleep>>) {
 }
 
 macro_rules! drive {
-    ($connection:expr, $state:expr, $drain:expr, $end:expr) => {{
+    ($connection:expr, $state:expr, $drain:expr, $unheard:expr, $end:expr) => {{
         let (state, mut drain) = ($state, $drain);
         let mut connection = std::pin::pin!($connection);
         let mut stage = Stage::Open;
@@ -305,6 +337,7 @@ macro_rules! drive {
                     $end(connection.as_mut(), stage);
                 }
                 () = elapsed(drained.as_mut()) => break state.end(),
+                () = aside($unheard(&state)), if stage == Stage::Closing => break state.end(),
                 () = aside(state.stalled()) => {
                     state.manager.stats.downstream_rq_idle_timeout.inc();
                     break ConnectionEnd::HERE;
@@ -320,7 +353,9 @@ async fn drive_http1(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal)
     let of_streams = Rc::clone(&state);
     // Made where it stays: the future is large, and would be copied.
     let serving = async { Ok::<_, ::h2::Error>(Rc::clone(&connection).serve(of_streams).await) };
-    drive!(serving, state, drain, |_, stage| match stage {
+    // It waits for nobody.
+    let unheard = |_: &ConnState| std::future::pending();
+    drive!(serving, state, drain, unheard, |_, stage| match stage {
         Stage::Draining | Stage::Grace => connection.drain(),
         _ => connection.graceful_shutdown(),
     })
@@ -329,7 +364,7 @@ async fn drive_http1(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal)
 async fn drive_http2(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) -> ConnectionEnd {
     let connection = h2::ServerConnection::new(io, &state);
     // GOAWAY tells an idle client as well, and costs it nothing.
-    drive!(connection, state, drain, |connection: std::pin::Pin<&mut h2::ServerConnection>, _| {
+    drive!(connection, state, drain, unheard, |connection: std::pin::Pin<&mut h2::ServerConnection>, _| {
         connection.graceful_shutdown();
     })
 }

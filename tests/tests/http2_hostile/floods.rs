@@ -1,5 +1,7 @@
 //! What costs a client next to nothing, again and again.
 
+use std::io::{ErrorKind, Read as _};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -73,6 +75,42 @@ pub fn unanswered_pings() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Who is told that a connection is to end, and acknowledges nothing, is not waited for; nor who says nothing from the beginning.
+pub fn silent_clients() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        for limit in ["idle_timeout", "max_connection_duration"] {
+            let stage = Stage::start(
+                kind,
+                &[&format!("common_http_protocol_options: {{{limit}: 0.5s}}"), "drain_timeout: 0.2s"],
+            )?;
+            for asks in [false, true] {
+                let mut connection = Connection::open(stage.port, &[])?;
+                if asks {
+                    connection.send(&headers(1, true, &get(&[])))?;
+                }
+                closes(&mut connection).with_context(|| format!("{kind:?}, {limit}, asks: {asks}"))?;
+            }
+            let mut mute = TcpStream::connect(("127.0.0.1", stage.port))?;
+            mute.set_read_timeout(Some(Duration::from_secs(10)))?;
+            let end = mute.read_to_end(&mut Vec::new()).err().map(|error| error.kind());
+            ensure!(end != Some(ErrorKind::WouldBlock), "{kind:?}, {limit}: who says nothing is waited for");
+        }
+    }
+    Ok(())
+}
+
+/// The connection is closed.
+fn closes(connection: &mut Connection) -> Result<()> {
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        match connection.receive(until)? {
+            Ok(_) => {}
+            Err(Nothing::Closed) => return Ok(()),
+            Err(Nothing::Late) => anyhow::bail!("the connection stays"),
+        }
+    }
 }
 
 /// The connection ends, with or without a word.

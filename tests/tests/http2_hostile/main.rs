@@ -33,6 +33,11 @@ fn clients_that_answer_no_pings_are_left() -> Result<()> {
 }
 
 #[test]
+fn clients_that_acknowledge_no_end_are_left() -> Result<()> {
+    floods::silent_clients()
+}
+
+#[test]
 fn what_nobody_takes_is_reset() -> Result<()> {
     floods::not_taken()
 }
