@@ -324,7 +324,7 @@ fn an_address_that_the_node_translates_is_reached() -> Result<()> {
     let mut daemon = stage.daemon(&bootstrap, &[])?;
     stage.wait_until_ready(&mut daemon)?;
     let rules = format!(
-        "table ip services {{ chain output {{ type nat hook output priority -100; ip daddr 10.99.0.1 dnat to {}; }} }}",
+        "table ip services {{ chain output {{ type nat hook output priority -100; ip daddr 10.99.0.1 dnat to {}; }}; }}",
         stage.far.ipv4()
     );
     stage.node.spawn("nft", &["nft", &rules])?.wait(DEADLINE)?.success()?;
