@@ -320,6 +320,9 @@ fn service(raw: RawService, object: &ObjectName) -> Result<Option<Service>, Mani
     // Of each cluster it is another: clients have credentials for their own API server.
     let is_api_server =
         metadata.name == "kubernetes" && matches!(metadata.namespace.as_deref(), None | Some("" | "default"));
+    let merge = object.merge(metadata.annotations.as_ref())?;
+    // Agents of nodes, which answer for their own.
+    let is_of_node = spec.internal_traffic_policy.as_deref() == Some("Local") && merge != Some(true);
     let external_name = match spec.kind.as_deref() {
         Some("ExternalName") => Some(object.external_name(spec.external_name)?),
         _ => None,
@@ -366,8 +369,8 @@ fn service(raw: RawService, object: &ObjectName) -> Result<Option<Service>, Mani
         external_name,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         weight: object.weight(metadata.annotations.as_ref())?,
-        merge: object.merge(metadata.annotations.as_ref())?,
-        is_api_server,
+        merge,
+        stays_out: is_api_server || is_of_node,
     }))
 }
 

@@ -58,7 +58,7 @@ spec:
         publish_not_ready: false,
         weight: Some(50),
         merge: Some(false),
-        is_api_server: false,
+        stays_out: false,
     };
     assert_eq!(*objects.services, BTreeMap::from([(ObjectKey::new("shop", "users"), Arc::new(expected))]));
 }

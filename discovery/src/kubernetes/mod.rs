@@ -111,8 +111,9 @@ pub struct Service {
     pub weight: Option<u16>,
     /// Whether it is one service with those of its name in other clusters, where it says so itself.
     pub merge: Option<bool>,
-    /// Whether it is the cluster's own API server: none of the mesh's, but its addresses are not free for other clusters' services.
-    pub is_api_server: bool,
+    /// Whether it is none of the mesh's, but of its own cluster alone, where its addresses are not free for other clusters' services: the
+    /// API server, and what is answered on the client's own node (`internalTrafficPolicy: Local`), unless `merge` says otherwise.
+    pub stays_out: bool,
 }
 
 impl Service {

@@ -67,6 +67,7 @@ pub struct RawServiceSpec {
     pub ip_families: Option<Vec<String>>,
     pub external_name: Option<String>,
     pub publish_not_ready_addresses: Option<bool>,
+    pub internal_traffic_policy: Option<String>,
     pub ports: Option<Vec<RawServicePort>>,
     pub selector: Option<BTreeMap<String, String>>,
 }

@@ -128,7 +128,7 @@ impl Joiner {
         let mut contested = HashSet::new();
         self.vip_warnings.clear();
         for (info, objects) in clusters(registry) {
-            for (key, service) in objects.services.iter().filter(|(_, service)| !service.is_api_server) {
+            for (key, service) in objects.services.iter().filter(|(_, service)| !service.stays_out) {
                 let name = mesh_key(key, service, info);
                 for address in service.addresses() {
                     let (owner, cluster) = vips.entry(address).or_insert_with(|| (name.clone(), info.name.clone()));
@@ -151,13 +151,13 @@ impl Joiner {
         }
         for (info, objects) in clusters(registry) {
             let mut taken = 0;
-            let api_server = objects.services.values().filter(|service| service.is_api_server);
-            for address in api_server.flat_map(|service| service.addresses()) {
+            let own = objects.services.iter().filter(|(_, service)| service.stays_out);
+            for (key, address) in own.flat_map(|(key, service)| service.addresses().map(move |it| (key, it))) {
                 if let Some((owner, cluster)) = vips.get(&address).filter(|(_, cluster)| *cluster != info.name) {
                     contested.insert(address);
                     self.vip_warnings.push(format!(
-                        "{} is the address of {owner} in cluster {cluster} and of the API server in cluster {}; what goes there is \
-                         passed through, to the one of its own cluster",
+                        "{} is the address of {owner} in cluster {cluster} and of {key}, which is none of the mesh's, in cluster {}; \
+                         what goes there is passed through, to the one of its own cluster",
                         SocketAddr::from(address),
                         info.name,
                     ));

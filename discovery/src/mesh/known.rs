@@ -110,7 +110,7 @@ impl Known {
         let apart = apart.map(|namespace| ObjectKey::new(namespace, name.name.clone()));
         for key in std::iter::once(name).chain(&apart) {
             let Some(service) = self.objects.services.get(key) else { continue };
-            if service.is_api_server || mesh_key(key, service, info) != *name {
+            if service.stays_out || mesh_key(key, service, info) != *name {
                 continue;
             }
             let slices: Vec<&EndpointSlice> =

@@ -408,9 +408,18 @@ fn what_serves_one_cluster_is_no_service_of_all() {
     let mesh1 = mesh(vec![cluster("east", SERVICE), cluster("west", &api)]);
     assert_eq!((mesh1.services.len(), &*port(&mesh1, 80).vips), (1, &[][..]));
     let [warning] = &*mesh1.warnings else { panic!("one warning expected: {:?}", mesh1.warnings) };
-    assert!(warning.contains("10.96.0.1:80 is the address of default/users in cluster east and of the API server in"));
+    assert!(
+        warning.contains(
+            "10.96.0.1:80 is the address of default/users in cluster east and of default/kubernetes, which is"
+        )
+    );
     let mesh1 = mesh(vec![cluster("west", &api.replace("port: 80", "port: 443")), cluster("east", SERVICE)]);
     assert_eq!((port(&mesh1, 80).vips.len(), mesh1.warnings.len()), (1, 0));
+    // So is what is answered on the client's own node, unless it says that it is a service of all.
+    let agent = SERVICE.replace("spec: {", "spec: {internalTrafficPolicy: Local, ");
+    assert!(mesh(vec![cluster("east", &agent)]).services.is_empty());
+    let merged = agent.replace("name: users", "name: users, annotations: {culvert.dev/merge: \"true\"}");
+    assert_eq!(mesh(vec![cluster("east", &merged)]).services.len(), 1);
 }
 
 #[test]
