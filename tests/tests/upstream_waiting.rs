@@ -12,6 +12,7 @@ use culvert_tests::daemon::{Daemon, Kind, fetch, free_port};
 use culvert_tests::http1::{Request, Response};
 use culvert_tests::{server, wait_until};
 use nix::sys::socket::{Backlog, listen};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::watch;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -39,6 +40,29 @@ fn http2_host(streams: Option<u32>, let_go: &watch::Sender<bool>) -> Result<u16>
                 });
             }
             Ok(())
+        }
+    })
+}
+
+/// A host whose requests have no bodies, and are answered when they are let go.
+fn http1_host(let_go: &watch::Sender<bool>) -> Result<u16> {
+    let let_go = let_go.subscribe();
+    server::start_async(move |mut stream| {
+        let mut let_go = let_go.clone();
+        async move {
+            let (mut head, mut piece) = (Vec::new(), [0; 4096]);
+            loop {
+                let read = stream.read(&mut piece).await?;
+                head.extend_from_slice(&piece[..read]);
+                if read == 0 {
+                    return Ok(());
+                }
+                if head.ends_with(b"\r\n\r\n") {
+                    head.clear();
+                    let _ = let_go.wait_for(|let_go| *let_go).await;
+                    stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await?;
+                }
+            }
         }
     })
 }
@@ -225,6 +249,36 @@ fn connects_do_not_end_with_the_requests_that_they_were_for() -> Result<()> {
         assert_eq!(all(both)?, [200, 200], "{kind:?}");
         come_to(&daemon, "one", &[("upstream_cx_total", 2), ("upstream_cx_connect_fail", 0)])
             .with_context(|| format!("{kind:?}"))?;
+    }
+    Ok(())
+}
+
+/// What waits for a connection is none of the requests that may be under way.
+#[test]
+fn requests_count_from_when_they_have_a_connection() -> Result<()> {
+    for kind in KINDS {
+        let (let_go, _) = watch::channel(false);
+        let host = http1_host(&let_go)?;
+        let web = free_port()?;
+        let limits = |figures| format!("circuit_breakers: {{thresholds: [{{{figures}}}]}}");
+        let route = |name| format!("{{match: {{prefix: /{name}}}, route: {{cluster: {name}, timeout: 0s}}}}");
+        let routes = ["few", "many"].map(route).join(", ");
+        let mut bootstrap =
+            Bootstrap::new().http(web, &format!("- {{name: all, domains: ['*'], routes: [{routes}]}}"), &[]);
+        for (name, figures) in [("few", "max_connections: 3, max_requests: 5"), ("many", "max_requests: 5")] {
+            bootstrap = bootstrap.cluster(name, &[host], &[&limits(figures)]);
+        }
+        let daemon = start(kind, &bootstrap)?;
+        let few = begin(web, "/few/held", 14);
+        come_to(&daemon, "few", &[("upstream_rq_total", 3), ("upstream_rq_pending_active", 11)])
+            .with_context(|| format!("{kind:?}"))?;
+        let many = begin(web, "/many/held", 14);
+        come_to(&daemon, "many", &[("upstream_rq_active_overflow", 9), ("upstream_rq_total", 5)])
+            .with_context(|| format!("{kind:?}"))?;
+        let_go.send_replace(true);
+        ensure!(all(few)?.iter().all(|status| *status == 200), "{kind:?}");
+        let refused = all(many)?.iter().filter(|status| **status == 503).count();
+        ensure!(refused == 9, "{kind:?}: {refused} are refused");
     }
     Ok(())
 }

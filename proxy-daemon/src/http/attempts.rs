@@ -32,7 +32,7 @@ use crate::{
     access_log::ResponseFlags,
     config::model::{ForwardAction, MetadataMatch},
     tls::PeerName,
-    upstream::{Chosen, Connection, PickCx, Resource, Seen, Wanted, WorkerCluster},
+    upstream::{Chosen, Connection, PickCx, Seen, Wanted, WorkerCluster},
 };
 
 /// What all attempts at one request have in common.
@@ -258,7 +258,8 @@ impl Attempts<'_> {
         let statuses = self.cluster.cluster.config.health.override_statuses;
         let mut chosen = match &overridden {
             Some((_, Some(host))) if statuses.has(host.host.status()) => {
-                return self.take(end, Chosen { cluster: Rc::clone(self.cluster), host: Rc::clone(host) });
+                let chosen = Chosen { cluster: Rc::clone(self.cluster), host: Rc::clone(host) };
+                return Ok(self.take(end, chosen));
             }
             Some((OverrideHost { strict: Some(status), .. }, host)) => {
                 // One that is there and may not be used is another matter.
@@ -275,7 +276,7 @@ impl Attempts<'_> {
             chosen = choose(attempt);
         }
         match chosen {
-            Some(chosen) => self.take(end, chosen),
+            Some(chosen) => Ok(self.take(end, chosen)),
             None => Err(self.no_host(end, StatusCode::SERVICE_UNAVAILABLE)),
         }
     }
@@ -286,19 +287,11 @@ impl Attempts<'_> {
         LocalReply::new(status, "no healthy upstream", ResponseFlags::UH, "no_healthy_upstream")
     }
 
-    /// The attempt's host is this one, unless there are too many requests already.
-    fn take(&self, end: &mut StreamEnd, chosen: Chosen) -> Result<Chosen, LocalReply> {
-        let Chosen { cluster, host } = &chosen;
-        if cluster.cluster.is_full(Resource::Requests, self.action.high_priority) {
-            cluster.cluster.dropped.inc();
-            host.count_refused(cluster, self.action.high_priority);
-            end.charge(self.cluster, StatusCode::SERVICE_UNAVAILABLE, Some(host));
-            end.keep_refused(Some(Rc::clone(host)));
-            return Err(overloaded());
-        }
+    /// The attempt's host is this one.
+    fn take(&self, end: &mut StreamEnd, chosen: Chosen) -> Chosen {
         end.set_host(self.cluster, &chosen, self.action.high_priority);
         self.cluster.cluster.attempt_begins(self.action.high_priority);
-        Ok(chosen)
+        chosen
     }
 
     /// A copy of the request, where a failure after it was sent may be tried again, or its host is known to go away without having looked at
@@ -341,7 +334,8 @@ impl Attempts<'_> {
         end.charge(self.cluster, failed.status, end.attempted());
         if failed.failure == Failure::Overflow {
             end.excuse_host();
-            end.keep_refused(None);
+            let refused_by = end.host.as_ref().filter(|_| end.notes.refused.take()).map(|(_, host)| Rc::clone(host));
+            end.keep_refused(refused_by);
             member.cluster.dropped.inc();
             return overloaded();
         }

@@ -30,8 +30,7 @@ use super::{
 use crate::{
     config::model::{HashPolicy, MetadataMatch, RetryPolicy},
     upstream::{
-        Chosen, Connection, Overload, PickCx, PoolError, Reset, ResetReason, Resource, Seen, Source, WorkerCluster,
-        WorkerHost,
+        Chosen, Connection, Overload, PickCx, PoolError, Reset, ResetReason, Seen, Source, WorkerCluster, WorkerHost,
     },
 };
 
@@ -214,11 +213,6 @@ async fn attempt(
     // An aggregate's member, which has limits of its own.
     let (member, host) = (Rc::clone(&chosen.cluster), Rc::clone(&chosen.host));
     let member_stats = &member.cluster.stats;
-    if member.cluster.is_full(Resource::Requests, false) {
-        member.cluster.dropped.inc();
-        host.count_refused(&member, false);
-        return Err(Some(Failure::Overflow));
-    }
     member.cluster.begin_request(false);
     cluster.cluster.attempt_begins(false);
     host.begin_request();
@@ -247,7 +241,10 @@ async fn attempt(
                 if let PoolError::Connect(_) = error {
                     member_stats.upstream_rq_pending_failure_eject.inc();
                 }
-                let overflow = matches!(error, PoolError::Overflow | PoolError::NoPool);
+                let overflow = matches!(error, PoolError::Overflow | PoolError::TooManyRequests | PoolError::NoPool);
+                if overflow {
+                    member.cluster.dropped.inc();
+                }
                 let failure = if overflow { retry::Failure::Overflow } else { retry::Failure::Connect };
                 return Err(failed(retry, failure));
             }

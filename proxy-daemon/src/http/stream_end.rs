@@ -98,6 +98,8 @@ pub(super) struct Notes {
     pub(super) upstream: Cell<Option<Rc<UpstreamInfo>>>,
     /// Why there was none.
     pub(super) transport_failure: Cell<Option<Box<str>>>,
+    /// There was a connection to the attempt's host, and there were too many requests.
+    pub(super) refused: Cell<bool>,
     /// How large its messages are, where the cluster tells.
     pub(super) sizes: Option<Rc<Sizes>>,
 }

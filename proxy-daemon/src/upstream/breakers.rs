@@ -133,10 +133,23 @@ impl Cluster {
         let most = match resource {
             Resource::Connections => limits.max_connections(),
             Resource::Pending => limits.max_pending_requests(),
-            Resource::Requests => limits.max_requests(),
+            Resource::Requests => return u64::from(limits.max_requests()).saturating_sub(self.served(high)),
             Resource::Pools => limits.max_connection_pools(),
         };
         u64::from(most).saturating_sub(self.breakers.in_use(resource, high))
+    }
+
+    /// Requests that have a connection. As by Envoy, those that wait for one are none of the requests yet.
+    fn served(&self, high: bool) -> u64 {
+        self.breakers.in_use(Resource::Requests, high).saturating_sub(self.breakers.in_use(Resource::Pending, high))
+    }
+
+    /// Whether there are more requests with a connection than there may be, the one that asks among them.
+    #[inline]
+    pub(super) fn has_too_many_requests(&self, high: bool) -> bool {
+        let most = u64::from(self.limits(high).max_requests());
+        // Mostly there are fewer, with those that wait.
+        self.breakers.in_use(Resource::Requests, high) > most && self.served(high) > most
     }
 
     /// One more request is under way; [`end_request`](Self::end_request) must follow.
@@ -177,10 +190,7 @@ pub fn breaker_gauges(clusters: &ClusterMap) -> Vec<Metric> {
             let any = cluster.limits(high).max_connection_pools() == Thresholds::ANY_POOLS;
             add("remaining_cx_pools", if any { u64::MAX } else { pools });
             add("remaining_pending", cluster.left(Resource::Pending, high));
-            // As by Envoy, those that wait for a connection do not count yet.
-            let waiting = cluster.breakers.in_use(Resource::Pending, high);
-            let most = u64::from(cluster.limits(high).max_requests());
-            add("remaining_rq", (cluster.left(Resource::Requests, high) + waiting).min(most));
+            add("remaining_rq", cluster.left(Resource::Requests, high));
             add("remaining_retries", cluster.retries_left(high).into());
         }
     }

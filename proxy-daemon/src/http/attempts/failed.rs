@@ -42,11 +42,13 @@ pub(super) fn unsendable() -> Failed {
 pub(super) fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
     let transport = match &error {
         PoolError::Connect(error) => error.transport_failure().map(Into::into),
-        PoolError::Handshake(_) | PoolError::Overflow | PoolError::NoPool => None,
+        PoolError::Handshake(_) | PoolError::Overflow | PoolError::TooManyRequests | PoolError::NoPool => None,
     };
     let (reason, status, flags): (&'static str, _, _) = match error {
         PoolError::NoPool => ("no connection pool", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UH),
-        PoolError::Overflow => ("overflow", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UO),
+        PoolError::Overflow | PoolError::TooManyRequests => {
+            ("overflow", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UO)
+        }
         PoolError::Connect(error) if matches!(*error, ConnectError::Timeout) => {
             ("connection timeout", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
         }

@@ -54,6 +54,7 @@ impl Shared<'_> {
                     cluster.cluster.stats.upstream_rq_pending_failure_eject.inc();
                     self.note_tunnel();
                 }
+                notes.refused.set(matches!(error, PoolError::TooManyRequests));
                 let failed = connect_failed(error, head, body);
                 notes.transport_failure.set(failed.transport.clone());
                 return Err(failed);

@@ -26,11 +26,7 @@ use self::{
     opened::{Http1Connection, Http2Connection},
     waiting::Waiting,
 };
-use super::{
-    ConnectError, HostCounter, Seen, WorkerCluster, WorkerHost,
-    breakers::{Pending, Resource},
-    connect::Source,
-};
+use super::{ConnectError, HostCounter, Seen, WorkerCluster, WorkerHost, breakers::Pending, connect::Source};
 use crate::{config::model::Http2Options, tls::PeerName};
 
 /// Why no connection could be had.
@@ -45,6 +41,9 @@ pub enum PoolError {
     /// A circuit breaker is open.
     #[error("overflow")]
     Overflow,
+    /// There is a connection, and as many requests as may be.
+    #[error("overflow")]
+    TooManyRequests,
     /// There are as many pools as may be.
     #[error("no connection pool")]
     NoPool,
@@ -269,18 +268,6 @@ fn wait(cluster: &WorkerCluster, high: bool) -> Result<(Decrement, Pending<'_>),
 }
 
 impl WorkerHost {
-    /// A request that was meant for this host is refused because the cluster has as many as it may. Envoy, which looks only when there
-    /// is a connection, counts that as the host's error, unless the request may not even wait for one.
-    pub fn count_refused(&self, cluster: &WorkerCluster, high: bool) {
-        let stats = &cluster.cluster.stats;
-        if cluster.cluster.is_full(Resource::Pending, high) {
-            stats.upstream_rq_pending_overflow.inc();
-        } else {
-            stats.upstream_rq_active_overflow.inc();
-            self.count(HostCounter::RqError, 1);
-        }
-    }
-
     /// A connection for one request: one that has room for it, or a new one within the cluster's limits. `peer`: what the request calls the
     /// host, where the handshake goes by that; `client`: the connection that it came on.
     ///
@@ -301,7 +288,7 @@ impl WorkerHost {
             Ok(_) => self.saw(Seen::Connected),
             Err(PoolError::Connect(_) | PoolError::Handshake(_)) => self.saw(Seen::ConnectFailed),
             // It is not the host's fault.
-            Err(PoolError::Overflow | PoolError::NoPool) => {}
+            Err(PoolError::Overflow | PoolError::TooManyRequests | PoolError::NoPool) => {}
         }
         acquired
     }
@@ -325,6 +312,16 @@ impl WorkerHost {
                 Box::pin(self.handed(need, &pool)).await?
             }
         };
+        // As by Envoy, which looks when there is a connection.
+        if cluster.cluster.has_too_many_requests(need.high) {
+            // A stream leaves room when it is dropped.
+            if let Sender::Http1(connection) = ready.sender {
+                pool.hand_on(connection, ready.reused);
+            }
+            cluster.cluster.stats.upstream_rq_active_overflow.inc();
+            self.count(HostCounter::RqError, 1);
+            return Err(PoolError::TooManyRequests);
+        }
         Ok(Connection::new(self, cluster, &pool, ready, demand))
     }
 
