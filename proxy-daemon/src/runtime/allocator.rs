@@ -26,7 +26,7 @@ unsafe extern "C" {
 }
 
 /// To be called before there are threads: has none of them give memory back by the way, for which [`give_back`] has to be called
-/// from now on, and has no huge pages made (those that an operator reserves apart).
+/// from now on, and has no further huge pages made.
 pub fn prepare() {
     mi_option_set(PURGE_DELAY, A_DAY);
     // A kernel that is built without them does not know the request.
