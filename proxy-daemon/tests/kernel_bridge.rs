@@ -152,6 +152,22 @@ fn failure_policies_hold_between_neighbours_on_a_bridge() {
     }
 }
 
+/// What comes over them would pass the daemon by, whatever pods are behind them.
+#[test]
+fn ports_that_nothing_names_keep_the_node_from_being_ready() {
+    let lab = Lab::new();
+    let _pods = bridge(&lab);
+    let wanted = policy(Traffic::Both, FailurePolicy::Closed);
+    let (interception, _listeners) = start(&lab, config(&lab, "pod5", &[], wanted));
+    let addresses = OTHER.map(|address| address.parse().unwrap()).to_vec();
+    interception.enrol(Some("other".to_owned()), addresses, None, None, None).expect("enrols");
+    let is_told = || interception.faults().iter().any(|fault| fault.contains("pod6 of br5"));
+    assert!(is_told(), "{:?}", interception.faults());
+    lab.node.ip("link set pod6 nomaster");
+    eventually("there is no such port any more", || !is_told());
+    stop(&lab, interception);
+}
+
 /// Over which port of a bridge a pod comes is not known: what Kubernetes says tells that it is gone.
 #[test]
 fn connections_of_a_pod_on_a_bridge_end_with_the_pod() {

@@ -107,6 +107,8 @@ pub(super) struct State {
     succession_fault: Option<String>,
     /// Why what comes back from elsewhere does not reach this daemon.
     uplink_fault: Option<String>,
+    /// Which ports of pods' bridges are named by nothing, so that pods behind them are passed by.
+    bridge_fault: Option<String>,
     /// The directions whose listeners are there.
     listening: u32,
     /// Has the thread that follows the node look at this.
@@ -184,6 +186,7 @@ impl State {
             routing_fault: None,
             succession_fault: None,
             uplink_fault: None,
+            bridge_fault: None,
             listening: 0,
             wake: Arc::new(wake),
             spare,
@@ -443,7 +446,7 @@ impl State {
 
     pub(super) fn faults(&self) -> Vec<String> {
         let unattached = self.unattached.values().chain(self.hooks.iter().flat_map(Hooks::faults)).cloned();
-        let of_node = [&self.routing_fault, &self.succession_fault, &self.uplink_fault];
+        let of_node = [&self.routing_fault, &self.succession_fault, &self.uplink_fault, &self.bridge_fault];
         self.source_faults
             .iter()
             .chain(of_node.into_iter().flatten())

@@ -1,5 +1,6 @@
 //! Which pods are enrolled: by the bootstrap, by manifests and API servers, and by command.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 use std::path::Path;
@@ -37,6 +38,7 @@ impl State {
         }
         let Self { pods, ebpf, netlink, unattached, config, .. } = self;
         let mut links = None;
+        let mut unnamed = BTreeSet::new();
         let gone = pods.reconcile(ebpf, |address| {
             let links = links.get_or_insert_with(|| netlink.links());
             let links = match links {
@@ -57,6 +59,9 @@ impl State {
                 Some(bridge) if bridge.is_bridge && is_pods(bridge) => Place::Bridge(bridge.name.clone()),
                 Some(link) if is_pods(link) => Place::Interface(index, link.name.clone()),
                 Some(bridge) if links.iter().any(|link| link.bridge == Some(index) && is_pods(link)) => {
+                    let ports = links.iter().filter(|link| link.bridge == Some(index));
+                    let others = ports.filter(|link| direction_of(config, &link.name).is_none());
+                    unnamed.extend(others.map(|link| format!("{} of {}", link.name, bridge.name)));
                     Place::Bridge(bridge.name.clone())
                 }
                 Some(link) => Place::Missing(format!(
@@ -66,6 +71,7 @@ impl State {
                 None => Place::Missing("no interface: it has just gone".to_owned()),
             }
         });
+        self.note_unnamed_ports(&unnamed);
         pod_families::note(self.pods.enrolled().map(|(_, addresses)| addresses));
         if !gone.is_empty() {
             self.departed.extend(gone);
@@ -74,6 +80,25 @@ impl State {
         let names = self.pods.names();
         if **self.pod_names.load() != names {
             self.pod_names.store(Arc::new(names));
+        }
+    }
+
+    /// Notes ports of pods' bridges that neither `interfaces` nor `uplinks` names: over which port a pod is reached is not known, and what
+    /// comes over these is not looked at.
+    fn note_unnamed_ports(&mut self, unnamed: &BTreeSet<String>) {
+        let fault = (!unnamed.is_empty()).then(|| {
+            let ports: Vec<&str> = unnamed.iter().map(String::as_str).collect();
+            format!(
+                "interfaces: pods behind the bridge's ports {} pass the daemon by: name these ports, or the bridge, or among the \
+                 uplinks those that lead elsewhere",
+                ports.join(", ")
+            )
+        });
+        if fault != self.bridge_fault {
+            if let Some(fault) = &fault {
+                tracing::warn!("{fault}");
+            }
+            self.bridge_fault = fault;
         }
     }
 
