@@ -152,6 +152,27 @@ fn failure_policies_hold_between_neighbours_on_a_bridge() {
     }
 }
 
+/// Where a bridge lets go of the socket that a program has chosen, the lookup of listeners chooses again: the successor's, and not those that
+/// are about to close.
+#[test]
+fn a_successor_has_what_neighbours_on_a_bridge_send() {
+    let lab = Lab::new();
+    let [one, _other] = bridge(&lab);
+    let config = || config(&lab, "pod*", &[ONE, OTHER], policy(Traffic::Outbound, FailurePolicy::Closed));
+    let (first, _old) = start(&lab, config());
+    let (second, [new, _]) = start(&lab, config());
+    let connects = || {
+        for to in urls(OTHER) {
+            let _client = one.connect(&to).unwrap_or_else(|error| panic!("{to}: {error}"));
+            accept(&new);
+        }
+    };
+    connects();
+    stop(&lab, first);
+    connects();
+    stop(&lab, second);
+}
+
 /// What comes over them would pass the daemon by, whatever pods are behind them.
 #[test]
 fn ports_that_nothing_names_keep_the_node_from_being_ready() {

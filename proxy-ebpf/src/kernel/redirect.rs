@@ -4,7 +4,7 @@ use core::ptr::read_volatile;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_F_CURRENT_NETNS, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock, bpf_sock_tuple,
+    BPF_F_CURRENT_NETNS, BPF_SK_LOOKUP_F_REPLACE, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock, bpf_sock_tuple,
     bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as Ipv4Tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 as Ipv6Tuple,
     sk_action::SK_PASS,
 };
@@ -240,7 +240,8 @@ pub fn reopen(ctx: &SkLookupContext) -> u32 {
             break;
         }
         let slot = listener_slot((first + step) % workers, is_ipv6, direction);
-        if LISTENERS.redirect_sk_lookup(ctx, slot, 0).is_ok() {
+        // In the place of what an earlier daemon's program has chosen, which runs before this one.
+        if LISTENERS.redirect_sk_lookup(ctx, slot, BPF_SK_LOOKUP_F_REPLACE.into()).is_ok() {
             break;
         }
     }
