@@ -319,16 +319,16 @@ fn a_service_of_the_node_itself_is_reached() -> Result<()> {
 #[test]
 fn an_address_that_the_node_translates_is_reached() -> Result<()> {
     let stage = Stage::new("translated")?;
-    let fields = format!("{}    node_source_ranges: [10.99.0.0/16]\n", stage.by_address());
+    let fields = format!("{}    node_source_ranges: [10.244.2.192/26]\n", stage.by_address());
     let bootstrap = stage.bootstrap(&fields, stage.far.ipv4())?;
     let mut daemon = stage.daemon(&bootstrap, &[])?;
     stage.wait_until_ready(&mut daemon)?;
     let rules = format!(
-        "table ip services {{ chain output {{ type nat hook output priority -100; ip daddr 10.99.0.1 dnat to {}; }}; }}",
+        "table ip services {{ chain output {{ type nat hook output priority -100; ip daddr 10.244.2.200 dnat to {}; }}; }}",
         stage.far.ipv4()
     );
     stage.node.spawn("nft", &["nft", &rules])?.wait(DEADLINE)?.success()?;
-    let answer = call(&stage.pod, "http://10.99.0.1:8080/")?;
+    let answer = call(&stage.pod, "http://10.244.2.200:8080/")?;
     assert_eq!((&answer["pod"], &answer["peer"]), (&"far".into(), &stage.node.ipv4().to_string().into()), "{answer}");
     // Elsewhere it is the pod's own.
     let answer = call(&stage.pod, &urls(&stage.far)[0])?;
