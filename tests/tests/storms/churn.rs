@@ -269,7 +269,8 @@ fn ten_thousand_cycles_leave_nothing_behind() -> Result<()> {
     let settled = wait_until(DEADLINE, "what is gone to be let go of", || {
         after = held(&proxy)?;
         ensure!(after.files <= before.files + 8, "open files: {} and {}", before.files, after.files);
-        ensure!(after.threads <= before.threads, "threads: {} and {}", before.threads, after.threads);
+        // The admin interface may have one or two more that wait for work: it is asked all the time.
+        ensure!(after.threads <= before.threads + 2, "threads: {} and {}", before.threads, after.threads);
         ensure!(after.tasks <= before.tasks + 16, "tasks: {} and {}", before.tasks, after.tasks);
         ensure!(after.stats <= before.stats + 100, "statistics: {} and {}", before.stats, after.stats);
         // A cluster of three hosts that were used costs more than 10 KiB.
