@@ -18,6 +18,9 @@ use super::sock_diag::{self, Found, SockDiag};
 /// So often it is tried for the same addresses.
 const TRIES: u32 = 10;
 
+/// The addresses for which it has failed, and why.
+type Failed = (HashSet<IpAddr>, io::Error);
+
 /// Ends them, and counts. In a thread of its own: all the node's sockets are looked through, and there may be many.
 #[derive(Default)]
 pub(super) struct Departed {
@@ -25,7 +28,7 @@ pub(super) struct Departed {
     addresses: HashSet<IpAddr>,
     /// How often it has failed for them.
     tries: u32,
-    at_work: Option<JoinHandle<Result<(), (HashSet<IpAddr>, io::Error)>>>,
+    at_work: Option<JoinHandle<Result<(), Failed>>>,
     ended: Arc<AtomicU64>,
     /// It was said that this does not work.
     complained: bool,

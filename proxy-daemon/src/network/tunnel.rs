@@ -117,8 +117,7 @@ pub(super) async fn carry(
         writer: RefCell::default(),
     });
     let mut ends = pin!(ends);
-    // Before there is a tunnel nobody else has the connection.
-    #[expect(clippy::await_holding_refcell_ref)]
+    #[expect(clippy::await_holding_refcell_ref, reason = "before there is a tunnel nobody else has the connection")]
     let broke = async { client.stream.borrow().broke().await };
     let mut tunnel = tokio::select! {
         biased;
